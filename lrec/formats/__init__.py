@@ -1,0 +1,147 @@
+"""What a packed weight means.
+
+A format is one frozen dataclass whose fields are tensors or plain numbers. `unpack(rows)` in plain torch *is* its
+definition; kernels, exports and tests must agree with it. Everything else (saving, loading, moving, counting bytes,
+the arguments of the op) is derived from the fields by reflection, so a new format is one file.
+
+Legend of shape suffixes, used in the whole package: B batch, L length, T = B*L tokens, N out, K in, G groups along K,
+P bit planes, R rank, V vocabulary, O outliers. A weight is `w_NK`, oriented like `nn.Linear.weight`.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lrec import registry
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Packed:
+    """A weight of shape (N, K) in packed storage.
+
+    Fields typed Tensor (or Tensor | None) are stored; all other fields are plain JSON values and form the spec.
+    The first tensor field of every format is `qweight`.
+    """
+
+    shape: tuple[int, int]
+    qweight: Tensor
+
+    def __post_init__(self):
+        object.__setattr__(self, "shape", tuple(self.shape))
+
+    @classmethod
+    def name(cls) -> str:
+        """The format's name: that of its file."""
+        return cls.__module__.rpartition(".")[2]
+
+    def unpack(self, rows: slice = slice(None)) -> Tensor:
+        """The decoded rows as float32 (n, K): the definition of the format."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by field name; fields that are None are left out."""
+        held = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name in tensor_fields(type(self)))
+        return {name: value for name, value in held if value is not None}
+
+    def spec(self) -> dict:
+        """All that is known without the data, as JSON values: format, settings, and each tensor's dtype and shape."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in tensor_fields(type(self))]
+        plain = {name: getattr(self, name) for name in names}
+        kinds = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in self.tensors().items()}
+        return {"format": self.name(), **plain, "shape": list(self.shape), "tensors": kinds}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored: codes, scales, zeros, indices, masks, tables."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over the number of weights."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    def to(self, device) -> "Packed":
+        """The same weight on another device."""
+        return dataclasses.replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
+
+
+Base = Packed
+
+
+@lru_cache
+def tensor_fields(cls: type) -> tuple[str, ...]:
+    """Names of the fields of a format that hold tensors, `qweight` first."""
+    return tuple(f.name for f in dataclasses.fields(cls) if f.type in (Tensor, Tensor | None))
+
+
+def build(tensors: dict[str, Tensor] | list[Tensor], spec: dict) -> Packed:
+    """The inverse of `tensors()` and `spec()`; a list of tensors is taken in the spec's order.
+
+    Raises ValueError for an unknown format, or when the tensors are not the ones the spec names.
+    """
+    cls = registry.find("formats", spec["format"])
+    if not isinstance(tensors, dict):
+        tensors = dict(zip(spec["tensors"], tensors, strict=True))
+    if tensors.keys() != spec["tensors"].keys():
+        raise ValueError(f"format {spec['format']} has tensors {list(spec['tensors'])}, but got {list(tensors)}")
+    plain = {key: value for key, value in spec.items() if key not in ("format", "tensors")}
+    return cls(**plain, **tensors)
+
+
+def empty(spec: dict, device=None) -> Packed:
+    """A weight of this spec with unset tensors on `device`; loading a checkpoint fills them."""
+    kinds = spec["tensors"].items()
+    return build({n: torch.empty(shape, dtype=getattr(torch, dtype), device=device) for n, (dtype, shape) in kinds}, spec)
+
+
+def spec_key(spec: dict) -> str:
+    """The spec as one line of JSON: hashable, and what the op takes."""
+    return json.dumps(spec, separators=(",", ":"))
+
+
+@lru_cache(maxsize=4096)
+def parse_key(key: str) -> dict:
+    """The inverse of `spec_key`; shared between calls, so not to be changed."""
+    return json.loads(key)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Packs integer codes (..., n) into int32 words (..., ceil(n / 32) * bits).
+
+    Each run of 32 codes fills `bits` words exactly: code k of a run stands in bits [k*bits, (k+1)*bits) of the
+    little-endian bit stream of those words (GPTQ's order). A short last run is filled up with zeros.
+    """
+    assert not codes.is_floating_point(), f"codes must be integers, got {codes.dtype}"
+    pad = -codes.shape[-1] % 32
+    runs = torch.nn.functional.pad(codes, (0, pad)).long().unflatten(-1, (-1, 32))
+    words = runs.new_zeros(*runs.shape[:-1], bits)
+    for k in range(32):
+        word, shift = divmod(k * bits, 32)
+        words[..., word] |= runs[..., k] << shift
+        if shift + bits > 32:
+            words[..., word + 1] |= runs[..., k] >> (32 - shift)
+    words = words & 0xFFFFFFFF
+    return torch.where(words >= 2**31, words - 2**32, words).int().flatten(-2)
+
+
+def unpack_codes(words: Tensor, bits: int, n: int) -> Tensor:
+    """Inverse of `pack_codes`: the first `n` codes of each row as uint8 (..., n)."""
+    if 8 % bits == 0:
+        # Codes that do not cross bytes: one byte holds 8 / bits of them, lowest bits first.
+        data = words.contiguous().view(torch.uint8)
+        fields = [(data >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+        return torch.stack(fields, -1).flatten(-2)[..., :n]
+    runs = words.unflatten(-1, (-1, bits))
+    codes = []
+    for k in range(32):
+        word, shift = divmod(k * bits, 32)
+        code = runs[..., word] >> shift
+        if shift + bits > 32:
+            low = 32 - shift
+            code = (code & (2**low - 1)) | (runs[..., word + 1] << low)
+        codes.append((code & (2**bits - 1)).to(torch.uint8))
+    return torch.stack(codes, -1).flatten(-2)[..., :n]

@@ -1,0 +1,133 @@
+"""The product with a packed weight: one op, an ordered table of kernels, and the reason each one stands aside.
+
+`matmul(x, packed)` is x W^T, `matmul(dy, packed, transpose=True)` is dy W. Both are the same custom op
+`lrec::matmul`, whose backward is the op with `transpose` flipped: nothing of size N*K is kept between forward and
+backward, and no copy of x either, since a frozen weight needs none.
+
+A kernel is one file of this folder with one subclass of `Kernel`. For a call, the kernels of higher priority are
+asked first; each may refuse with a reason in words, and the sliced reference never refuses. `explain` lists the
+reasons. `LREC_KERNEL=name` forces one kernel, and the call raises with its reason if it refuses.
+"""
+
+import os
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lrec import formats, registry
+from lrec.formats import Packed
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a kernel is asked to serve, known before any data: device type, dtype of x, and the number of rows T."""
+
+    device: str
+    dtype: torch.dtype
+    num_rows: int
+    transpose: bool = False
+
+
+class Kernel:
+    """One way to multiply. `priority` orders the table, highest first; the reference has 0."""
+
+    priority: int
+
+    @classmethod
+    def refuses(cls, call: Call, spec: dict) -> str | None:
+        """Why this kernel cannot serve the call, in words, or None if it can."""
+        raise NotImplementedError
+
+    @classmethod
+    def matmul(cls, x_TK: Tensor, packed: Packed, transpose: bool) -> Tensor:
+        """x W^T of shape (T, N), or with `transpose` x W of shape (T, K), in x's dtype."""
+        raise NotImplementedError
+
+
+Base = Kernel
+
+
+def table() -> dict[str, type[Kernel]]:
+    """All kernels by name, those asked first in front."""
+    return dict(sorted(registry.members("kernels").items(), key=lambda item: -item[1].priority))
+
+
+def explain(call: Call, spec: dict) -> tuple[str, dict[str, str]]:
+    """The name of the kernel that serves a call, and why each kernel asked before it stood aside.
+
+    Raises ValueError if `LREC_KERNEL` names no kernel or one that refuses.
+    """
+    forced = os.environ.get("LREC_KERNEL")
+    if forced:
+        reason = registry.find("kernels", forced).refuses(call, spec)
+        if reason:
+            raise ValueError(f"LREC_KERNEL={forced} was asked for, but it refuses: {reason}. Unset LREC_KERNEL to let lrec choose.")
+        return forced, {name: f"LREC_KERNEL={forced} is set" for name in table() if name != forced}
+    aside = {}
+    for name, kernel in table().items():
+        reason = kernel.refuses(call, spec)
+        if reason is None:
+            return name, aside
+        aside[name] = reason
+    raise AssertionError("the reference kernel never refuses")
+
+
+@lru_cache(maxsize=65536)
+def _choose(call: Call, key: str, forced: str | None) -> type[Kernel]:
+    name, aside = explain(call, formats.parse_key(key))
+    if name == "reference" and not forced:
+        _warn_once(call.device, str(call.dtype), formats.parse_key(key)["format"], "; ".join(f"{k}: {v}" for k, v in aside.items()))
+    return registry.find("kernels", name)
+
+
+@lru_cache
+def _warn_once(device: str, dtype: str, format: str, reasons: str) -> None:
+    if reasons:
+        warnings.warn(
+            f"lrec: {format} weights on {device} with {dtype} use the reference kernel ({reasons}); `lrec explain` has the table",
+            stacklevel=2,
+        )
+
+
+@torch.library.custom_op("lrec::matmul", mutates_args=())
+def _matmul(x: Tensor, tensors: list[Tensor], spec: str, transpose: bool) -> Tensor:
+    packed = formats.build(tensors, formats.parse_key(spec))
+    call = Call(x.device.type, x.dtype, x.shape[0], transpose)
+    return _choose(call, spec, os.environ.get("LREC_KERNEL")).matmul(x, packed, transpose)
+
+
+@_matmul.register_fake
+def _(x: Tensor, tensors: list[Tensor], spec: str, transpose: bool) -> Tensor:
+    N, K = formats.parse_key(spec)["shape"]
+    return x.new_empty(x.shape[0], K if transpose else N)
+
+
+def _setup_context(ctx, inputs, output):
+    _, tensors, ctx.spec, ctx.transpose = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    return _matmul(grad.contiguous(), list(ctx.saved_tensors), ctx.spec, not ctx.transpose), [None] * len(ctx.saved_tensors), None, None
+
+
+_matmul.register_autograd(_backward, setup_context=_setup_context)
+
+
+def matmul(x: Tensor, packed: Packed, transpose: bool = False) -> Tensor:
+    """x W^T for x of shape (..., K), or x W for x of shape (..., N) with `transpose`; differentiable in x.
+
+    Raises ValueError if the last dimension of x does not fit the weight.
+    """
+    return apply(x, list(packed.tensors().values()), formats.spec_key(packed.spec()), transpose)
+
+
+def apply(x: Tensor, tensors: list[Tensor], key: str, transpose: bool = False) -> Tensor:
+    """`matmul` for a caller that holds the op's own arguments, as a layer does."""
+    inner = formats.parse_key(key)["shape"][0 if transpose else 1]
+    if x.shape[-1] != inner:
+        raise ValueError(f"x has {x.shape[-1]} columns, but the packed weight of shape {formats.parse_key(key)['shape']} needs {inner}")
+    return _matmul(x.reshape(-1, inner), tensors, key, transpose).unflatten(0, x.shape[:-1])

@@ -1,0 +1,33 @@
+"""What several tests share: the one table of tolerances, closeness with a useful message, tiny random models."""
+
+import torch
+
+# Relative error (Frobenius) of a product against float64 of the same decoded weights, by dtype of x.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+
+
+def assert_close(actual, expected, tolerance, what="value"):
+    """Demands ||actual - expected|| <= tolerance * ||expected||, equal shapes and no NaN; names the worst entry."""
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert not actual.isnan().any(), f"{what}: {int(actual.isnan().sum())} NaN"
+    if actual.numel() == 0:
+        return
+    error = (actual.double() - expected.double()).abs()
+    relative = float(error.norm() / expected.double().norm().clamp_min(1e-300))
+    worst = int(error.argmax())
+    assert relative <= tolerance, (
+        f"{what}: relative error {relative:.3g} > {tolerance:.3g}; worst at flat index {worst}: "
+        f"{actual.flatten()[worst].item():.6g}, expected {expected.flatten()[worst].item():.6g}"
+    )
+
+
+def tiny_llama(seed=0, **changes):
+    """A random Llama of two blocks with 64 hidden units; keywords change its configuration."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    settings = {
+        "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 128, "tie_word_embeddings": False,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
