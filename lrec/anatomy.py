@@ -1,0 +1,87 @@
+"""Where a decoder model keeps its blocks and linears, found by looking and never by name.
+
+The blocks are the model's largest list of like modules; the linears are the `nn.Linear`s inside one of them; which of
+those see the same input tensor is found by running the block once with hooks. A model that does not fit this shape is
+refused with what was found instead.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The decoder blocks of a model: `path` is the name of their ModuleList, `modules` the blocks in order."""
+
+    path: str
+    modules: list[nn.Module]
+
+    def name(self, index: int) -> str:
+        """The full name of a block, as parameters are prefixed with it."""
+        return f"{self.path}.{index}"
+
+
+def find_blocks(model: nn.Module) -> Blocks:
+    """The decoder blocks: of all outermost ModuleLists whose items share one class, the one with most linear weights.
+
+    Raises ValueError that lists the ModuleLists found if none holds an `nn.Linear`.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    outermost = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
+    alike = {n: m for n, m in outermost.items() if len({type(item) for item in m}) == 1}
+    path = max(alike, key=lambda n: linear_weights(alike[n]), default=None)
+    if path is None or not linear_weights(alike[path]):
+        found = ", ".join(f"{n} ({len(m)} x {type(m[0]).__name__})" for n, m in lists.items()) or "no ModuleList at all"
+        raise ValueError(
+            f"{type(model).__name__} has no decoder blocks that lrec can quantize: it needs a ModuleList of like modules "
+            f"that hold nn.Linear layers, but found {found}"
+        )
+    return Blocks(path, list(alike[path]))
+
+
+def linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of a block by their name inside it, in the order they were defined."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def linear_weights(module: nn.Module) -> int:
+    """Number of weights in all linears inside a module; packed ones count as what they decode to."""
+    return sum(m.in_features * m.out_features for m in linears(module).values())
+
+
+def shared_inputs(block: nn.Module, run: Callable[[], object]) -> list[list[str]]:
+    """Names of the block's linears in the order they run, those that see the same input tensor together.
+
+    `run` is called once and must run the block. Linears it does not reach are not listed.
+    """
+    seen: list[tuple[Tensor, int, list[str]]] = []
+
+    def note(name: str) -> Callable:
+        def hook(module, args):
+            x = args[0]
+            for known, version, names in seen:
+                if known is x or (known.data_ptr() == x.data_ptr() and known.shape == x.shape and version == x._version):
+                    names.append(name)
+                    return
+            # The tensor is held until the end, so that its memory cannot come back as another input's.
+            seen.append((x, x._version, [name]))
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in linears(block).items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [list(dict.fromkeys(names)) for _, _, names in seen]
+
+
+def quantized_share(model: nn.Module, is_quantized: Callable[[nn.Module], bool]) -> float:
+    """The share of the blocks' matrix weights (linears, fused experts) that are held quantized, 0 to 1."""
+    blocks = find_blocks(model).modules
+    packed = sum(linear_weights(m) for b in blocks for m in b.modules() if isinstance(m, nn.Linear) and is_quantized(m))
+    dense = sum(p.numel() for b in blocks for p in b.parameters() if p.ndim >= 2)
+    return packed / max(1, packed + dense)

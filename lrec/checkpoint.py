@@ -1,0 +1,172 @@
+"""Files of a model directory: safetensors and JSON, written whole or not at all, verified when read.
+
+`lrec_manifest.json` lists every weight file with its size and SHA-256. `verify` compares them before anything is
+loaded, so that a truncated or altered file is an error and never a model that is subtly wrong. Nothing is unpickled.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+MANIFEST = "lrec_manifest.json"
+ADAPTER_STAMP = "lrec_adapter.json"
+FORMAT_VERSION = 1
+
+
+def write_json(path: Path, value) -> None:
+    """Writes JSON atomically: a reader sees the old file or the new one."""
+    _replace(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises ValueError that names the file if it is missing, not JSON or not an object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist; is {path.parent} a model directory?") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); the file is damaged, fetch or make it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file atomically; tensors are made contiguous on the CPU."""
+    _replace(path, save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, metadata={"format": "pt"}))
+
+
+def open_tensors(path: Path):
+    """A `safe_open` handle on a file (mmap). Raises ValueError that names the file if it is missing or damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist; it is named by the index of {path.parent}") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or make it again") from error
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, from its index if it has one.
+
+    Raises ValueError if there are none; pickled weights (.bin, .pt) are never read.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError(f"{index} names files outside its directory; it is damaged or hostile")
+    else:
+        names = [p.name for p in sorted(directory.glob("model*.safetensors"))]
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise ValueError(f"{directory} lacks {', '.join(missing)}, which its index names; the copy is incomplete")
+    if not names:
+        other = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        hint = f" It has {', '.join(other[:3])}: convert to safetensors first (save_pretrained does)." if other else ""
+        raise ValueError(f"{directory} has no model*.safetensors file.{hint}")
+    return [directory / name for name in names]
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of a model directory that belong to the tokenizer and to generation, which every export carries over."""
+    patterns = (
+        "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+        "chat_template*", "generation_config.json",
+    )
+    return sorted({path for pattern in patterns for path in directory.glob(pattern)})
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(directory: Path) -> str:
+    """Identity of a model's weights: SHA-256 over the names and contents of its weight files."""
+    entries = [f"{p.name}:{file_hash(p)}" for p in weight_files(directory)]
+    return hashlib.sha256("\n".join(entries).encode()).hexdigest()
+
+
+def tensors_hash(tensors: dict[str, Tensor]) -> str:
+    """Identity of a set of tensors, whatever files they lie in: SHA-256 over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{t.dtype}:{tuple(t.shape)};".encode())
+        digest.update(t.flatten().view(dtype=torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_manifest(directory: Path, about: dict) -> None:
+    """Writes the manifest: `about` (base model, recipe, versions) and each weight file's size and hash."""
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in weight_files(directory)}
+    write_json(directory / MANIFEST, {"format_version": FORMAT_VERSION, **about, "files": files})
+
+
+def verify(directory: Path) -> None:
+    """Checks a directory against its manifest; one without a manifest passes.
+
+    Raises ValueError naming every file that is missing, truncated or altered, or a manifest made by a newer lrec.
+    """
+    directory = Path(directory)
+    if not (directory / MANIFEST).exists():
+        return
+    manifest = read_json(directory / MANIFEST)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{directory / MANIFEST} has format_version {manifest.get('format_version')}, this lrec reads {FORMAT_VERSION}; upgrade lrec")
+    wrong = []
+    for name, entry in manifest.get("files", {}).items():
+        path = directory / name
+        if Path(name).name != name:
+            raise ValueError(f"{directory / MANIFEST} names {name!r}, outside its directory; it is damaged or hostile")
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            wrong.append(f"{name} has {path.stat().st_size} bytes, {entry['bytes']} were written")
+        elif file_hash(path) != entry["sha256"]:
+            wrong.append(f"{name} was altered (its SHA-256 differs)")
+    if wrong:
+        raise ValueError(f"{directory} is damaged: {'; '.join(wrong)}. Fetch it again, or quantize again.")
+
+
+def check_stamp(adapter_dir: Path, packed_sha256: str | None) -> dict:
+    """The stamp of an adapter directory, empty if it has none.
+
+    Raises ValueError if it was made for packed weights other than `packed_sha256`.
+    """
+    path = Path(adapter_dir) / ADAPTER_STAMP
+    if not path.exists():
+        return {}
+    stamp = read_json(path)
+    if stamp.get("packed_sha256") != packed_sha256:
+        raise ValueError(
+            f"{adapter_dir} was made for a base with packed weights {str(stamp.get('packed_sha256'))[:12]}, but this base has "
+            f"{str(packed_sha256)[:12]}; use the base it was trained on, or train an adapter for this one"
+        )
+    return stamp
+
+
+def weights_bytes(directory: Path) -> int:
+    """Bytes on disk of a model's weight files, or of an adapter's."""
+    adapter = Path(directory) / "adapter_model.safetensors"
+    return sum(p.stat().st_size for p in ([adapter] if adapter.exists() else weight_files(Path(directory))))
+
+
+def _replace(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,191 @@
+"""A model whose blocks visit memory one at a time.
+
+The skeleton is built without weights; embeddings, norms and head are loaded once, and a block's weights are read from
+the safetensors files (mmap) when `load` is called and let go by `free`. Loading goes through transformers' own
+loader, one block's keys at a time, so that renamed or fused checkpoint keys come out as they would in
+`from_pretrained`. Works for dense and for packed checkpoints.
+"""
+
+from collections import defaultdict
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lrec import anatomy, checkpoint
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments a block is called with besides the hidden states: masks, rotary embeddings, position ids."""
+
+    args: tuple
+    kwargs: dict
+
+    def __call__(self, block: nn.Module, hidden_BLH: Tensor) -> Tensor:
+        """The block's output hidden states (B, L, H)."""
+        out = block(hidden_BLH, *self.args, **self.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+class StreamedModel:
+    """A causal LM from a local directory with only its embeddings, norms and head in memory.
+
+    `blocks` are the decoder blocks, empty (on the meta device) unless loaded; `dtype` is that of computation.
+    Raises ValueError for a directory that is no causal LM or has no safetensors, or a model without decoder blocks.
+    """
+
+    def __init__(self, directory: Path, dtype: torch.dtype, device: str | torch.device = "cpu"):
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.directory, self.dtype, self.device = Path(directory), dtype, torch.device(device)
+        checkpoint.verify(self.directory)
+        files = checkpoint.weight_files(self.directory)
+        try:
+            self.config = AutoConfig.from_pretrained(self.directory)
+            with init_empty_weights(include_buffers=False):
+                self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
+        except (OSError, KeyError) as error:
+            raise ValueError(f"{directory} is not a causal language model that transformers can build: {error}") from error
+        self._prepare_packed()
+        self.anatomy = anatomy.find_blocks(self.model)
+        self.blocks = self.anatomy.modules
+        self.keys = self._keys_by_part(files)
+        self._load_keys(self.keys[None])
+        self.model.tie_weights()
+        self._settle_rest()
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def load(self, index: int) -> nn.Module:
+        """The block with its weights in memory, on the model's device."""
+        self._load_keys(self.keys[index])
+        missing = [name for name, tensor in self.blocks[index].state_dict().items() if tensor.is_meta]
+        if missing:
+            raise ValueError(f"{self.directory} has no weights for {self.anatomy.name(index)}: {', '.join(missing)}")
+        return self.blocks[index]
+
+    def free(self, index: int) -> None:
+        """Lets go of a block's weights."""
+        self.blocks[index].to("meta")
+
+    def stored(self, part: int | None) -> dict[str, Tensor]:
+        """The checkpoint's own tensors of a block, or with None of all that is not a block, by model name."""
+        with ExitStack() as stack:
+            files = self._open(self.keys[part], stack)
+            return {name: files[path].get_tensor(key) for name, key, path in self.keys[part]}
+
+    @torch.no_grad()
+    def embed(self, input_ids_BL: Tensor) -> tuple[Tensor, list[BlockCall]]:
+        """What enters the first block (B, L, H), and the further arguments of every block.
+
+        The arguments are captured for one row of the batch and broadcast over rows. Raises ValueError if a block's
+        arguments depend on the text, since then they cannot be shared by all samples.
+        """
+        hidden, calls = self._capture(input_ids_BL)
+        _, one = self._capture(input_ids_BL[:1].roll(1, -1))
+        _, calls = self._capture(input_ids_BL[:1])
+        for index, (a, b) in enumerate(zip(calls, one, strict=True)):
+            if not _same((a.args, a.kwargs), (b.args, b.kwargs)):
+                raise ValueError(f"{self.anatomy.name(index)} takes arguments that depend on the text; such models are not supported yet")
+        return hidden, calls
+
+    def _capture(self, input_ids_BL: Tensor) -> tuple[Tensor, list[BlockCall]]:
+        hidden, calls = [], []
+
+        def recorder(hidden_states, *args, **kwargs):
+            hidden.append(hidden_states)
+            calls.append(BlockCall(args, kwargs))
+            if len(calls) == len(self.blocks):
+                raise _Reached
+            return hidden_states
+
+        for block in self.blocks:
+            block.forward = recorder
+        try:
+            self.model(input_ids=input_ids_BL.to(self.device), use_cache=False)
+        except _Reached:
+            return hidden[0], calls
+        finally:
+            for block in self.blocks:
+                del block.forward
+        raise ValueError(f"{type(self.model).__name__} ran without visiting every block of {self.anatomy.path} once in order")
+
+    def _prepare_packed(self) -> None:
+        quantization = getattr(self.config, "quantization_config", None)
+        if quantization is None:
+            return
+        from transformers.quantizers import AutoHfQuantizer
+
+        method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
+        if method != "lrec":
+            raise ValueError(f"{self.directory} is already quantized by {method!r}; lrec streams full-precision and its own packed models")
+        quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=True)
+        quantizer.preprocess_model(self.model, dtype=self.dtype)
+
+    def _keys_by_part(self, files: list[Path]) -> dict[int | None, list[tuple[str, str, Path]]]:
+        """(model name, checkpoint key, file) of every tensor, by block index, None for all that is in no block."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        self.mapping = get_model_conversion_mapping(self.model)
+        renamings = [m for m in self.mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in self.mapping if isinstance(m, WeightConverter)]
+        state, prefix = self.model.state_dict(), self.model.base_model_prefix
+        parts = defaultdict(list)
+        for path in files:
+            with checkpoint.open_tensors(path) as file:
+                keys = list(file.keys())
+            for key in keys:
+                name, _ = rename_source_key(key, renamings, converters, prefix, state)
+                index = name.removeprefix(f"{self.anatomy.path}.").split(".")[0]
+                part = int(index) if name.startswith(f"{self.anatomy.path}.") and index.isdigit() else None
+                parts[part].append((name, key, path))
+        parts.setdefault(None, [])
+        return parts
+
+    def _open(self, entries: list, stack: ExitStack) -> dict:
+        paths = dict.fromkeys(path for _, _, path in entries)
+        return {path: stack.enter_context(checkpoint.open_tensors(path)) for path in paths}
+
+    def _load_keys(self, entries: list) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        config = LoadStateDictConfig(dtype=self.dtype, device_map={"": self.device}, weight_mapping=self.mapping)
+        # Files are opened for each load: pages of a mapping that stays open would count as memory in use.
+        with ExitStack() as stack:
+            files = self._open(entries, stack)
+            slices = {key: files[path].get_slice(key) for _, key, path in entries}
+            info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
+        if info.conversion_errors or info.error_msgs or info.mismatched_keys:
+            faults = [*map(str, info.mismatched_keys), *info.error_msgs, *info.conversion_errors.values()]
+            raise ValueError(f"{self.directory} does not fit {type(self.model).__name__}: {'; '.join(faults)[:500]}")
+
+    def _settle_rest(self) -> None:
+        inside = {id(p) for block in self.blocks for p in block.parameters()}
+        missing = [name for name, p in self.model.named_parameters() if p.is_meta and id(p) not in inside]
+        if missing:
+            raise ValueError(f"{self.directory} has no weights for {', '.join(missing[:5])}; the checkpoint is incomplete")
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
+
+
+class _Reached(BaseException):
+    """Raised by the recorder to leave the forward pass once every block's arguments are known."""
+
+
+def _same(a, b) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a is b or type(a) is type(b) and a == b
