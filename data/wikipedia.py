@@ -1,9 +1,10 @@
 """106 Wikipedia articles as plain text, from the PyPI package gensim: `python data/wikipedia.py`.
 
-gensim ships the first pages of an English Wikipedia dump (January 2016, CC BY-SA 3.0) as test data. Redirects are
-dropped, wiki markup is stripped, and whole articles are split: eight held out for `test`, the rest in `train`, each
-line of `train.jsonl` and `test.jsonl` one article `{"title", "text"}`: 2.9 MB in all, half a minute. Splitting by article keeps the test text out
-of calibration and training; the split is a fixed list, so numbers taken at different times compare.
+gensim ships the first pages of an English Wikipedia dump (May 2016, CC BY-SA 3.0) as test data. Redirects are
+dropped, wiki markup is stripped, and whole articles are split: eight held out for `test`, the rest in `train`. Each
+line of `train.jsonl` and `test.jsonl` is one article, `{"title", "text"}`: 2.9 MB in all, made in half a minute.
+Splitting by article keeps the test text out of calibration and training; the split is a fixed list, so numbers taken
+at different times compare.
 """
 
 import bz2

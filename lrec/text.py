@@ -1,0 +1,209 @@
+"""Where text and models come from: a name in, documents, token windows or a model folder out.
+
+A dataset is named as
+    FILE.txt | FILE.jsonl | FILE.parquet     a file; a .txt file is one document
+    NAME[:SPLIT]                             a script of the `data/` folder (`wikipedia:test`), run on first use
+    OWNER/NAME[[:CONFIG]:SPLIT]              from the Hugging Face Hub (`Salesforce/wikitext:wikitext-2-raw-v1:test`)
+A model is named as a folder, a script of the `data/` folder that makes one (`smollm2`), or a Hub id.
+Only safetensors, JSON and tokenizer files of a model are ever fetched: nothing that could run code.
+"""
+
+import importlib.util
+import itertools
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lrec.registry import nearest
+
+MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+# Second copies of the weights, in folders or in their author's own layout; transformers does not read them.
+SECOND_COPIES = ["*/*", "consolidated*"]
+HUB_MODEL = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+# One part after the id is the split, not the configuration; a split may be sliced: `train[:1000]`.
+HUB_DATASET = re.compile(rf"({HUB_MODEL.pattern})(?::([^:\[]+))??(?::([^:\[]+(?:\[.*\])?))?")
+# How the two kinds of data script begin their one public function.
+MODEL_SCRIPT, TEXT_SCRIPT = "\ndef path() ", "\ndef path(split"
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """Which text, and how much of it: `num_samples` windows of `max_length` tokens, None for all.
+
+    seed draws the windows at random; None takes them evenly spaced, so that an evaluation has no chance in it.
+    """
+
+    dataset: str
+    num_samples: int | None = 128
+    max_length: int = 2048
+    seed: int | None = 0
+
+    def windows(self, tokenizer) -> Tensor:
+        """Token ids (num_samples, max_length); see `windows`."""
+        return windows(documents(self.dataset), tokenizer, self.max_length, self.num_samples, self.seed)
+
+
+def documents(dataset: str) -> list[str]:
+    """The documents of a dataset, in order, blank ones left out.
+
+    The text is the column `text`, or else the only column of strings. Raises ValueError if there is neither, or if
+    nothing goes by that name.
+    """
+    path = Path(dataset).expanduser()
+    if path.suffix in (".txt", ".jsonl", ".parquet"):
+        if not path.is_file():
+            raise ValueError(f"dataset {dataset!r}: there is no such file (working folder: {Path.cwd()}).")
+        return _file_documents(path)
+    name, _, split = dataset.partition(":")
+    if name in _scripts(TEXT_SCRIPT):
+        return _file_documents(data_path(name, *filter(None, [split])))
+    if match := HUB_DATASET.fullmatch(dataset):
+        return _hub_documents(*match.groups(default=""))
+    raise ValueError(
+        f"{nearest(name, _scripts(TEXT_SCRIPT), 'dataset')} A dataset is one of these, a .txt, .jsonl or .parquet "
+        "file, or a Hub id OWNER/NAME[[:CONFIG]:SPLIT]."
+    )
+
+
+def model_path(name: str, revision: str | None = None) -> Path:
+    """The folder with a model's safetensors and tokenizer: local, made by a data script, or fetched from the Hub."""
+    folder = Path(name).expanduser()
+    hub = not folder.is_dir() and name not in _scripts(MODEL_SCRIPT)
+    if revision and not hub:
+        raise ValueError(f"model {name!r} is not on the Hub, so revision {revision!r} means nothing: leave it out.")
+    if folder.is_dir():
+        path = folder
+    elif not hub:
+        path = data_path(name)
+    elif HUB_MODEL.fullmatch(name):
+        path = _hub_model(name, revision)
+    else:
+        raise ValueError(
+            f"{nearest(name, _scripts(MODEL_SCRIPT), 'model')} A model is one of these, an existing folder (there is "
+            f"none of that name in {Path.cwd()}), or a Hub id OWNER/NAME."
+        )
+    missing = [pattern for pattern in ("config.json", "*.safetensors") if not any(path.glob(pattern))]
+    if missing:
+        raise ValueError(
+            f"model {name!r}: {path} has no {' and no '.join(missing)}. A model is a folder with config.json and "
+            "safetensors; if its weights are in .bin files, load it in transformers and save_pretrained it first."
+        )
+    return path
+
+
+def windows(
+    texts: list[str],
+    tokenizer,
+    length: int,
+    num_samples: int | None = None,
+    seed: int | None = 0,
+    stride: int | None = None,
+) -> Tensor:
+    """Token ids (num_samples, length): the documents joined by EOS and cut into windows, `stride` (length) apart.
+
+    With a seed, windows are drawn without replacement; with None, they are evenly spaced over the text; without
+    num_samples, all come, in order. Equal arguments give equal windows. No BOS is added: a window starts mid-text.
+    Raises ValueError if the text is too short.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{type(tokenizer).__name__} has no EOS token to put between documents; set its eos_token.")
+    # The whole text is one stream, so documents longer than the model's context are no cause for a warning.
+    batch = (
+        tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        if texts
+        else []
+    )
+    ids = torch.tensor(list(itertools.chain.from_iterable([*document, tokenizer.eos_token_id] for document in batch)))
+    stride = stride or length
+    num_windows = max(0, (len(ids) - length) // stride + 1)
+    if num_windows < (num_samples or 1):
+        needed = length + ((num_samples or 1) - 1) * stride
+        raise ValueError(
+            f"the text has {len(ids)} tokens in {len(texts)} documents; {num_samples or 1} windows of {length} tokens "
+            f"need {needed}. Take more text, or at most {num_windows} windows, or shorter ones."
+        )
+    cut = ids.unfold(0, length, stride)
+    if num_samples is None:
+        return cut.clone()
+    if seed is None:
+        return cut[torch.arange(num_samples) * num_windows // num_samples]
+    return cut[torch.randperm(num_windows, generator=torch.Generator().manual_seed(seed))[:num_samples]]
+
+
+def data_path(name: str, *split: str) -> Path:
+    """What the script `data/<name>.py` makes: the file of a split, or a model's folder. Fetched on first use."""
+    script = {**_scripts(MODEL_SCRIPT), **_scripts(TEXT_SCRIPT)}[name]
+    # A script imports its siblings, as it does when run by hand. Appended, so that they shadow nothing.
+    if str(script.parent) not in sys.path:
+        sys.path.append(str(script.parent))
+    spec = importlib.util.spec_from_file_location(f"lrec_data_{name}", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.path(*split)
+
+
+def _scripts(kind: str) -> dict[str, Path]:
+    """Data scripts of a kind by name: files of ./data, or else of the `data/` beside the package, that contain it."""
+    folders = [Path(__file__).resolve().parents[1] / "data", Path.cwd() / "data"]
+    files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
+    return {file.stem: file for file in files if kind in file.read_text()}
+
+
+def _file_documents(path: Path) -> list[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    if path.suffix == ".txt":
+        return [path.read_text()]
+    if path.suffix == ".parquet":
+        return _texts(pyarrow.parquet.read_table(path), str(path))
+    with path.open() as lines:
+        return _texts(pyarrow.Table.from_pylist([json.loads(line) for line in lines if line.strip()]), str(path))
+
+
+def _hub_documents(name: str, config: str, split: str) -> list[str]:
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(name, config or None, split=split or "train")
+    except OSError as error:
+        raise _not_fetched("dataset", name, error) from error
+    return _texts(dataset.with_format("arrow")[:], name)
+
+
+def _hub_model(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=SECOND_COPIES)
+        )
+    except OSError as error:
+        raise _not_fetched("model", name, error) from error
+
+
+def _not_fetched(what: str, name: str, error: OSError) -> ValueError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ValueError(
+        f"{what} {name!r} is nothing in {Path.cwd()}, and the Hugging Face Hub did not give it: {reason} Check the "
+        "spelling, the network and, if it is gated, `hf auth login`."
+    )
+
+
+def _texts(table, where: str) -> list[str]:
+    """The text column of a pyarrow Table."""
+    from pyarrow.types import is_large_string, is_string
+
+    strings = [field.name for field in table.schema if is_string(field.type) or is_large_string(field.type)]
+    if "text" not in strings and len(strings) != 1:
+        raise ValueError(
+            f"{where} has columns {', '.join(table.column_names) or 'none'}, of which strings: "
+            f"{', '.join(strings) or 'none'}. Text is the column `text` or the only column of strings: rename one."
+        )
+    column = table["text" if "text" in strings else strings[0]]
+    return [text for text in column.to_pylist() if text and text.strip()]

