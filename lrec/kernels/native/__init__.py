@@ -1,0 +1,90 @@
+"""The native CPU library: plain C++ with a C ABI, compiled at install if there is a compiler, loaded by ctypes.
+
+torch must be imported first, as it is here: torch brings its own libgomp, and a library loaded after it that asks for
+the same name gets the same one, so both share one pool of threads.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lrec.formats.uniform import Uniform
+
+ABI = 1
+PATH = Path(__file__).with_name("liblrec_native.so")
+BUILD_LOG = Path(__file__).with_name("build.log")
+ZERO_KINDS = {None: 0, torch.int32: 1, torch.float16: 16, torch.float32: 32}
+
+
+class UniformWeight(ctypes.Structure):
+    """`LrecUniform` of lrec_native.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("N", "K", "group_size")),
+        *((name, ctypes.c_int32) for name in ("bits", "scale_kind", "zero_kind")),
+        *((name, ctypes.c_void_p) for name in ("qweight", "scale", "zero")),
+    ]
+
+
+@cache
+def missing() -> str | None:
+    """Why there is no native library, in words (with the compiler's own message), or None if there is one."""
+    if not PATH.exists():
+        told = f"; the build said: {BUILD_LOG.read_text().strip()}" if BUILD_LOG.exists() else ""
+        return f"the native library {PATH} was not built: install a C++17 compiler and reinstall lrec{told}"
+    try:
+        found = ctypes.CDLL(str(PATH)).lrec_abi()
+    except OSError as error:
+        return f"the native library {PATH} does not load: {error}; reinstall lrec on this machine"
+    if found != ABI:
+        return f"the native library {PATH} has ABI {found}, but this lrec needs {ABI}: reinstall lrec"
+    return None
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The loaded library, its functions declared. Asserts that it is not `missing`."""
+    assert missing() is None, missing()
+    lib = ctypes.CDLL(str(PATH))
+    lib.lrec_cpu_path.restype = ctypes.c_char_p
+    weight, pointer, i64, i32 = ctypes.POINTER(UniformWeight), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    lib.lrec_uniform_decode.argtypes = [weight, i64, i64, pointer, i32]
+    lib.lrec_uniform_gemv.argtypes = [weight, pointer, i64, i64, pointer, i64, i32]
+    lib.lrec_uniform_decode.restype = lib.lrec_uniform_gemv.restype = None
+    return lib
+
+
+def cpu_path() -> str:
+    """`avx2` or `portable`: the implementation that runs on this machine; `LREC_CPU=portable` forces the latter."""
+    return library().lrec_cpu_path().decode()
+
+
+def uniform(packed: Uniform) -> UniformWeight:
+    """The C view of a weight whose tensors are contiguous; valid as long as those live."""
+    N, K = packed.shape
+    zero = packed.zero
+    return UniformWeight(
+        N,
+        K,
+        packed.group_size,
+        packed.bits,
+        ZERO_KINDS[packed.scale.dtype],
+        0 if zero is None else ZERO_KINDS[zero.dtype],
+        packed.qweight.data_ptr(),
+        packed.scale.data_ptr(),
+        0 if zero is None else zero.data_ptr(),
+    )
+
+
+def threads(num_weights: int) -> int:
+    """Threads for a product with so many weights: torch's setting, or one where waking others costs more than it gives."""
+    return 1 if num_weights < 2**20 else torch.get_num_threads()
+
+
+def decode(packed: Uniform, weight: UniformWeight, start: int, stop: int, out: Tensor) -> None:
+    """Writes rows start <= n < stop of the decoded weight to the first rows of `out`, float32 (>= stop - start, K) and contiguous."""
+    N, K = packed.shape
+    library().lrec_uniform_decode(weight, start, stop, out.data_ptr(), threads((stop - start) * K))

@@ -1,0 +1,128 @@
+// Uniform weights, portable half: the definition in plain loops, and the entry points that choose AVX2 where it serves.
+#include "uniform.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+namespace lrec {
+namespace {
+
+float half_to_float(uint16_t h) {
+    const int exponent = (h >> 10) & 31;
+    const int mantissa = h & 1023;
+    float value;
+    if (exponent == 31) value = mantissa ? NAN : INFINITY;
+    else if (exponent == 0) value = std::ldexp(float(mantissa), -24);
+    else value = std::ldexp(float(mantissa + 1024), exponent - 25);
+    return h & 0x8000 ? -value : value;
+}
+
+float stored_float(const void* data, int32_t kind, int64_t i) {
+    return kind == LREC_HALF ? half_to_float(static_cast<const uint16_t*>(data)[i]) : static_cast<const float*>(data)[i];
+}
+
+bool use_avx2() {
+#ifdef LREC_X86
+    static const bool chosen = [] {
+        const char* forced = std::getenv("LREC_CPU");
+        if (forced && std::strcmp(forced, "portable") == 0) return false;
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    }();
+    return chosen;
+#else
+    return false;
+#endif
+}
+
+void decode_row(const LrecUniform& w, int64_t n, float* grid, float* out) {
+    const int64_t G = num_groups(w);
+    row_grid(w, n, grid, grid + G);
+#ifdef LREC_X86
+    if (use_avx2() && avx2::serves(w)) return avx2::decode_row(w, n, grid, grid + G, out);
+#endif
+    decode_columns(w, n, grid, grid + G, 0, w.K, out);
+}
+
+#ifdef LREC_X86
+void gemv_avx2(const LrecUniform& w, const float* x, int64_t T, int64_t ldx, float* y, int64_t ldy, int32_t threads) {
+    std::vector<float> prepared(avx2::prepared_size(w, T));
+    avx2::prepare(w, x, T, ldx, prepared.data());
+    const int64_t step = 32;  // rows a thread takes at once: whole words of zeros packed along N
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        std::vector<float> scratch(avx2::scratch_size(w));
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < w.N; n += step)
+            avx2::gemv_rows(w, prepared.data(), T, n, std::min(n + step, w.N), scratch.data(), y, ldy);
+    }
+}
+#endif
+
+}  // namespace
+
+void row_grid(const LrecUniform& w, int64_t n, float* scale, float* zero) {
+    const int64_t G = num_groups(w);
+    const int64_t zero_words = ceil_div(w.N, 32) * w.bits;
+    for (int64_t g = 0; g < G; g++) scale[g] = stored_float(w.scale, w.scale_kind, n * G + g);
+    for (int64_t g = 0; g < G; g++) {
+        if (w.zero_kind == LREC_NONE) zero[g] = float(1 << (w.bits - 1));
+        else if (w.zero_kind == LREC_CODES) zero[g] = float(code_at(static_cast<const uint32_t*>(w.zero) + g * zero_words, n, w.bits));
+        else zero[g] = stored_float(w.zero, w.zero_kind, n * G + g);
+    }
+}
+
+void decode_columns(const LrecUniform& w, int64_t n, const float* scale, const float* zero, int64_t first, int64_t last, float* out) {
+    const uint32_t* codes = row_codes(w, n);
+    for (int64_t k = first; k < last;) {
+        const int64_t g = k / w.group_size;
+        const int64_t end = std::min(last, (g + 1) * w.group_size);
+        for (; k < end; k++) out[k - first] = (float(code_at(codes, k, w.bits)) - zero[g]) * scale[g];
+    }
+}
+
+float dot(const float* a, const float* b, int64_t K) {
+    float sums[8] = {};
+    int64_t k = 0;
+    for (; k + 8 <= K; k += 8)
+        for (int i = 0; i < 8; i++) sums[i] += a[k + i] * b[k + i];
+    for (; k < K; k++) sums[k & 7] += a[k] * b[k];
+    return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+}
+
+}  // namespace lrec
+
+using namespace lrec;
+
+extern "C" int32_t lrec_abi(void) { return LREC_ABI; }
+
+extern "C" const char* lrec_cpu_path(void) { return use_avx2() ? "avx2" : "portable"; }
+
+extern "C" void lrec_uniform_decode(const LrecUniform* w, int64_t first, int64_t last, float* out, int32_t threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        std::vector<float> grid(2 * num_groups(*w));
+#pragma omp for schedule(static)
+        for (int64_t n = first; n < last; n++) decode_row(*w, n, grid.data(), out + (n - first) * w->K);
+    }
+}
+
+extern "C" void lrec_uniform_gemv(const LrecUniform* w, const float* x, int64_t T, int64_t ldx, float* y, int64_t ldy, int32_t threads) {
+#ifdef LREC_X86
+    if (use_avx2() && avx2::serves(*w)) {
+        for (int64_t t = 0; t < T; t += avx2::MAX_ROWS) gemv_avx2(*w, x + t * ldx, std::min(avx2::MAX_ROWS, T - t), ldx, y + t * ldy, ldy, threads);
+        return;
+    }
+#endif
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        std::vector<float> grid(2 * num_groups(*w)), row(w->K);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < w->N; n++) {
+            decode_row(*w, n, grid.data(), row.data());
+            for (int64_t t = 0; t < T; t++) y[t * ldy + n] = dot(x + t * ldx, row.data(), w->K);
+        }
+    }
+}

@@ -1,0 +1,59 @@
+// Between the portable and the AVX2 half of the uniform kernels.
+#pragma once
+#include <cstdint>
+
+#include "lrec_native.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define LREC_X86 1
+#endif
+
+namespace lrec {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t num_groups(const LrecUniform& w) { return ceil_div(w.K, w.group_size); }
+inline int64_t row_words(const LrecUniform& w) { return ceil_div(w.K, 32) * w.bits; }
+inline const uint32_t* row_codes(const LrecUniform& w, int64_t n) { return w.qweight + n * row_words(w); }
+
+// Code k of a little-endian bit stream of `bits` bits each.
+inline uint32_t code_at(const uint32_t* words, int64_t k, int bits) {
+    const int64_t bit = k * bits;
+    const int shift = bit & 31;
+    uint64_t pair = words[bit >> 5];
+    if (shift + bits > 32) pair |= uint64_t(words[(bit >> 5) + 1]) << 32;
+    return uint32_t(pair >> shift) & ((1u << bits) - 1);
+}
+
+// Scales and zeros of row n as floats: G of each.
+void row_grid(const LrecUniform& w, int64_t n, float* scale, float* zero);
+
+// out[k - first] = w[n, k] for first <= k < last; any group size.
+void decode_columns(const LrecUniform& w, int64_t n, const float* scale, const float* zero, int64_t first, int64_t last, float* out);
+
+// sum_k a[k] b[k], in eight partial sums.
+float dot(const float* a, const float* b, int64_t K);
+
+#ifdef LREC_X86
+namespace avx2 {
+
+// Whether the vector code serves this group size; callers take the portable functions if not.
+bool serves(const LrecUniform& w);
+
+// Row n by the definition, all K columns.
+void decode_row(const LrecUniform& w, int64_t n, const float* scale, const float* zero, float* out);
+
+// Floats that `prepare` fills for T rows of x, and that `gemv_rows` needs beside them, one set a thread.
+int64_t prepared_size(const LrecUniform& w, int64_t T);
+int64_t scratch_size(const LrecUniform& w);
+
+// T <= MAX_ROWS rows of x in the order in which `gemv_rows` meets the codes.
+constexpr int64_t MAX_ROWS = 4;
+void prepare(const LrecUniform& w, const float* x, int64_t T, int64_t ldx, float* prepared);
+
+// y[t, n] for first <= n < last.
+void gemv_rows(const LrecUniform& w, const float* prepared, int64_t T, int64_t first, int64_t last, float* scratch, float* y, int64_t ldy);
+
+}  // namespace avx2
+#endif
+
+}  // namespace lrec

@@ -1,0 +1,218 @@
+"""Every kernel that serves a format on this CPU equals float64 arithmetic on the decoded weights.
+
+Registering a kernel or a format is what tests it: the cases are all pairs for which the kernel does not refuse.
+"""
+
+import pytest
+import torch
+
+from lrec import formats, kernels, registry
+from lrec.formats.binary import Binary
+from lrec.formats.codebook import Codebook
+from lrec.formats.outlier import Outlier
+from lrec.formats.salient import Salient
+from lrec.formats.ternary import Ternary
+from lrec.formats.uniform import Uniform, groups
+from lrec.kernels import Call
+from tests.checks import TOLERANCE, assert_close
+
+ROWS = (0, 1, 2, 3, 4, 5, 8, 9, 33)
+
+
+def uniform(N, K, bits, group_size, zero, scale=torch.float16):
+    """Random codes; `zero` is None, "codes" or the dtype of a float zero."""
+    G = groups(K, group_size or K)
+    zeros = None
+    if zero is not None:
+        codes = zero == "codes"
+        zeros = torch.randint(0, 2**bits, (N, G)) if codes else (torch.rand(N, G) * (2**bits - 1)).to(zero)
+    return Uniform.pack(torch.randint(0, 2**bits, (N, K)), (torch.rand(N, G) + 0.1).to(scale), zeros, bits, group_size)
+
+
+def codebook(N, K, bits, table_shape, group_size=0, block_size=0):
+    """Random levels for the weight, its rows or its groups, and blockwise scales where there is a block size."""
+    scale = torch.rand(-(-N * K // block_size)) + 0.5 if block_size else None
+    codes = torch.randint(0, 2**bits, (N, K))
+    return Codebook.pack(
+        codes, torch.randn(*table_shape, 2**bits), group_size=group_size, scale=scale, block_size=block_size
+    )
+
+
+def binary(N, K, planes, group_size):
+    """Random signs, alphas and offsets."""
+    G = groups(K, group_size or K)
+    return Binary.pack(torch.randint(0, 2**planes, (N, K)), torch.rand(N, G, planes), torch.randn(N, G), group_size)
+
+
+def outlier(N, K, bits):
+    """Five per cent outliers with a table of their own."""
+    codes = torch.randint(0, 2**bits, (N, K))
+    return Outlier.pack(codes, torch.rand(N, K) < 0.05, torch.randn(N, 2, 2**bits), bits, 6)
+
+
+def salient(N, K):
+    """A fifth of the columns in four bits."""
+    mask = torch.rand(K) < 0.2
+    S = int(mask.sum())
+    four_bits = torch.randint(0, 16, (N, S)), torch.rand(N) + 0.1, torch.randint(0, 16, (N,))
+    return Salient.pack(
+        mask, four_bits, torch.randint(0, 2, (N, K - S)), (torch.rand(N), torch.randn(N), torch.rand(K - S))
+    )
+
+
+def ternary(N, K, group_size):
+    """Random trits."""
+    return Ternary.pack(torch.randint(-1, 2, (N, K)), torch.rand(N, groups(K, group_size or K)) + 0.1, group_size)
+
+
+EXAMPLES = {
+    "uniform": {
+        f"{bits}bit-g{group_size}-{N}x{K}-zero-{zero}".replace("torch.", ""): (uniform, N, K, bits, group_size, zero)
+        for bits in (2, 3, 4, 8)
+        for N, K, group_size, zero in (
+            (41, 401, 16, None),
+            (41, 401, 128, torch.float16),
+            (37, 1271, 64, "codes"),
+            (64, 576, 48, "codes"),
+            (7, 200, 100, torch.float32),
+            (33, 576, 0, None),
+            (3, 17, 0, "codes"),
+            (130, 2048, 256, torch.float16),
+        )
+    },
+    "codebook": {
+        "2bit-weight-blocks": (codebook, 41, 401, 2, (), 0, 64),
+        "3bit-rows": (codebook, 41, 401, 3, (41,)),
+        "4bit-groups": (codebook, 41, 1271, 4, (41, 20), 64),
+        "4bit-weight-blocks": (codebook, 33, 576, 4, (), 0, 64),
+    },
+    "binary": {
+        "1plane": (binary, 41, 401, 1, 0),
+        "2planes": (binary, 41, 1271, 2, 128),
+        "3planes": (binary, 33, 576, 3, 64),
+    },
+    "outlier": {"2bit": (outlier, 41, 401, 2), "3bit": (outlier, 41, 1271, 3)},
+    "salient": {"odd": (salient, 41, 401), "even": (salient, 64, 576)},
+    "ternary": {"rows": (ternary, 41, 401, 0), "groups": (ternary, 41, 1271, 64)},
+}
+
+
+def example(format_name, case):
+    """A seeded weight of one of the cases above."""
+    torch.manual_seed(0)
+    make, *settings = EXAMPLES[format_name][case]
+    return make(*settings)
+
+
+def served(kernel, packed, dtype, num_rows, transpose=False):
+    """Whether the kernel takes the call."""
+    return kernel.refuses(Call("cpu", dtype, num_rows, transpose), packed.spec()) is None
+
+
+def pairs():
+    """(kernel name, format, case) for all that a kernel takes in float32 for one row."""
+    return [
+        (name, format_name, case)
+        for name in registry.names("kernels")
+        for format_name, cases in EXAMPLES.items()
+        for case in cases
+        if served(registry.find("kernels", name), example(format_name, case), torch.float32, 1)
+    ]
+
+
+def multiplied(kernel, x, packed):
+    """The x that stands in the product: a kernel that rounds activations says to what."""
+    return kernel.activations(x, packed) if hasattr(kernel, "activations") else x
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty holds NaN, so an output that is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1000).isnan().all() and torch.ones(1).new_empty(3, 5).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_every_format_has_an_example():
+    assert set(EXAMPLES) == set(registry.names("formats"))
+
+
+@pytest.mark.parametrize(("name", "format_name", "case"), pairs())
+def test_product_equals_float64(poisoned, name, format_name, case):
+    kernel, packed = registry.find("kernels", name), example(format_name, case)
+    w_NK = packed.unpack().double()
+    checked = 0
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for T in ROWS:
+            for transpose in (False, True):
+                if served(kernel, packed, dtype, T, transpose):
+                    inner = packed.shape[0 if transpose else 1]
+                    x = torch.randn(T, inner, generator=torch.Generator().manual_seed(T)).to(dtype)
+                    y = kernel.matmul(x, packed, transpose)
+                    assert y.dtype is dtype
+                    expected = multiplied(kernel, x, packed).double() @ (w_NK if transpose else w_NK.t())
+                    assert_close(y, expected, TOLERANCE[dtype], f"{dtype} T={T} transpose={transpose}")
+                    checked += 1
+    assert checked >= 3
+
+
+@pytest.mark.parametrize(("name", "format_name", "case"), pairs())
+def test_x_need_not_be_contiguous(poisoned, name, format_name, case):
+    kernel, packed = registry.find("kernels", name), example(format_name, case)
+    for T in (1, 3, 33):
+        for x in (
+            torch.randn(packed.shape[1], T).t(),
+            torch.randn(T, 2 * packed.shape[1])[:, ::2],
+            torch.randn(2 * T, packed.shape[1])[::2],
+        ):
+            if served(kernel, packed, x.dtype, T):
+                expected = multiplied(kernel, x, packed).double() @ packed.unpack().double().t()
+                assert_close(kernel.matmul(x, packed, False), expected, TOLERANCE[x.dtype], f"strides {x.stride()}")
+
+
+@pytest.mark.parametrize(("name", "format_name", "case"), pairs())
+def test_gradient_equals_float64(poisoned, monkeypatch, name, format_name, case):
+    kernel, packed = registry.find("kernels", name), example(format_name, case)
+    for T in (1, 33):
+        if not (served(kernel, packed, torch.float32, T) and served(kernel, packed, torch.float32, T, True)):
+            continue
+        monkeypatch.setenv("LREC_KERNEL", name)
+        x = torch.randn(T, packed.shape[1], requires_grad=True)
+        upstream = torch.randn(packed.shape[0], T).t()
+        kernels.matmul(x, packed).backward(upstream)
+        assert_close(x.grad, upstream.double() @ packed.unpack().double(), TOLERANCE[torch.float32], f"dx, T={T}")
+
+
+@pytest.mark.parametrize(("name", "format_name", "case"), pairs())
+def test_identity_gives_the_decoded_weight_bit_for_bit(poisoned, name, format_name, case):
+    kernel, packed = registry.find("kernels", name), example(format_name, case)
+    eye_KK, w_NK = torch.eye(packed.shape[1]), packed.unpack()
+    if hasattr(kernel, "activations"):
+        pytest.skip(f"{name} rounds activations: its scale 1/127 is no power of two")
+    assert torch.equal(kernel.matmul(eye_KK, packed, False), w_NK.t())
+    for start in range(0, packed.shape[1], 3):  # few rows of x, which kernels serve by other code than many
+        if served(kernel, packed, torch.float32, 3):
+            assert torch.equal(kernel.matmul(eye_KK[start : start + 3], packed, False), w_NK.t()[start : start + 3])
+    if served(kernel, packed, torch.float32, packed.shape[0], True):
+        assert torch.equal(kernel.matmul(torch.eye(packed.shape[0]), packed, True), w_NK)
+
+
+@pytest.mark.parametrize(("name", "format_name", "case"), pairs())
+def test_arguments_survive(name, format_name, case):
+    kernel, packed = registry.find("kernels", name), example(format_name, case)
+    before = {key: value.clone() for key, value in packed.tensors().items()}
+    x = torch.randn(3, packed.shape[1])
+    kept = x.clone()
+    first = kernel.matmul(x, packed, False)
+    assert torch.equal(first, kernel.matmul(x, packed, False)), "two runs differ"
+    assert torch.equal(x, kept)
+    assert all(torch.equal(before[key], value) for key, value in packed.tensors().items())
+
+
+def test_formats_build_what_the_examples_hold():
+    for format_name, cases in EXAMPLES.items():
+        for case in cases:
+            packed = example(format_name, case)
+            again = formats.build(packed.tensors(), packed.spec())
+            assert torch.equal(again.unpack(), packed.unpack())
