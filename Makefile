@@ -1,0 +1,56 @@
+# make demo    quantize, correct and measure a real 135M model, from a fresh clone
+# make test    all tests that need no GPU
+# make lint    ruff
+# make gpu     GPU tests and benches; says so and stops where there is no NVIDIA GPU
+# make clean   removes .venv and what was built (fetched data stay in data/cache)
+#
+# An environment that is there already: make test PYTHON=python3
+
+PYTHON ?= .venv/bin/python
+# Only the environment that this file makes can be out of date.
+READY = $(if $(filter .venv/%,$(PYTHON)),.venv/installed)
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+NATIVE := $(wildcard lrec/kernels/native/*.cpp lrec/kernels/native/*.h)
+# Left to itself, accelerate runs CPU jobs on one thread and warns about every default.
+LAUNCH = $(PYTHON) -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no \
+	--dynamo_backend no --num_cpu_threads_per_process $(CORES)
+
+.PHONY: demo test lint gpu clean
+.SILENT:
+
+demo: $(READY)
+	$(PYTHON) data/smollm2.py
+	$(PYTHON) data/wikipedia.py
+	$(LAUNCH) recipes/lrec_smollm2_135m.py
+
+test: $(READY)
+	$(PYTHON) -m pytest -q -m "not gpu"
+
+lint: $(READY)
+	$(PYTHON) -m ruff check --quiet .
+	$(PYTHON) -m ruff format --check --quiet . || { $(PYTHON) -m ruff format --diff --quiet .; exit 1; }
+
+# A machine that has the driver or the device counts as having a GPU: if torch cannot use it then, that is a failure.
+gpu: $(READY)
+	if ! command -v nvidia-smi > /dev/null && ! ls /dev/nvidia[0-9]* > /dev/null 2>&1; then \
+		echo "skip: no NVIDIA GPU on this machine"; \
+	else \
+		$(PYTHON) -c "import torch; print(torch.cuda.get_device_name(), torch.ones(1).cuda().item())" && \
+		$(PYTHON) -m pytest -q -m gpu tests/gpu && \
+		$(PYTHON) -m lrec.cli bench; \
+	fi
+
+clean:
+	rm -rf .venv build *.egg-info lrec/kernels/native/*.so lrec/kernels/native/build.log
+	find lrec tests data recipes -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/locked: requirements.lock
+	echo "making .venv from requirements.lock (once, a few minutes)"
+	python3 -m venv .venv
+	.venv/bin/pip install -qq -r requirements.lock
+	touch $@
+
+.venv/installed: .venv/locked pyproject.toml setup.py $(NATIVE)
+	.venv/bin/pip install -qq --no-deps --no-build-isolation -e .
+	tail -n 1 lrec/kernels/native/build.log | sed 's/^/native CPU kernels: /'
+	touch $@
