@@ -28,15 +28,17 @@ def find_blocks(model: nn.Module) -> Blocks:
 
     Raises ValueError that lists the ModuleLists found if none holds an `nn.Linear`.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    lists = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
     outermost = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
     alike = {n: m for n, m in outermost.items() if len({type(item) for item in m}) == 1}
     path = max(alike, key=lambda n: linear_weights(alike[n]), default=None)
     if path is None or not linear_weights(alike[path]):
         found = ", ".join(f"{n} ({len(m)} x {type(m[0]).__name__})" for n, m in lists.items()) or "no ModuleList at all"
         raise ValueError(
-            f"{type(model).__name__} has no decoder blocks that lrec can quantize: it needs a ModuleList of like modules "
-            f"that hold nn.Linear layers, but found {found}"
+            f"{type(model).__name__} has no decoder blocks that lrec can quantize: it needs a ModuleList of like "
+            f"modules that hold nn.Linear layers, but found {found}"
         )
     return Blocks(path, list(alike[path]))
 
@@ -62,7 +64,9 @@ def shared_inputs(block: nn.Module, run: Callable[[], object]) -> list[list[str]
         def hook(module, args):
             x = args[0]
             for known, version, names in seen:
-                if known is x or (known.data_ptr() == x.data_ptr() and known.shape == x.shape and version == x._version):
+                if known is x or (
+                    known.data_ptr() == x.data_ptr() and known.shape == x.shape and version == x._version
+                ):
                     names.append(name)
                     return
             # The tensor is held until the end, so that its memory cannot come back as another input's.

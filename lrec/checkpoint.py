@@ -75,12 +75,29 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The files of a model directory that belong to the tokenizer and to generation, which every export carries over."""
+    """The files of a model directory of the tokenizer and of generation, which every export carries over."""
     patterns = (
-        "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
-        "chat_template*", "generation_config.json",
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab*",
+        "merges.txt",
+        "*.model",
+        "chat_template*",
+        "generation_config.json",
     )
     return sorted({path for pattern in patterns for path in directory.glob(pattern)})
+
+
+def write_index(directory: Path, shards: list[Path]) -> None:
+    """Writes the index by which transformers finds each tensor's shard."""
+    weight_map = {}
+    for shard in shards:
+        with open_tensors(shard) as file:
+            weight_map |= dict.fromkeys(file.keys(), shard.name)
+    total = sum(shard.stat().st_size for shard in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(directory / "model.safetensors.index.json", index)
 
 
 def file_hash(path: Path) -> str:
@@ -121,7 +138,10 @@ def verify(directory: Path) -> None:
         return
     manifest = read_json(directory / MANIFEST)
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{directory / MANIFEST} has format_version {manifest.get('format_version')}, this lrec reads {FORMAT_VERSION}; upgrade lrec")
+        raise ValueError(
+            f"{directory / MANIFEST} has format_version {manifest.get('format_version')}, "
+            f"this lrec reads {FORMAT_VERSION}; upgrade lrec"
+        )
     wrong = []
     for name, entry in manifest.get("files", {}).items():
         path = directory / name
@@ -148,8 +168,8 @@ def check_stamp(adapter_dir: Path, packed_sha256: str | None) -> dict:
     stamp = read_json(path)
     if stamp.get("packed_sha256") != packed_sha256:
         raise ValueError(
-            f"{adapter_dir} was made for a base with packed weights {str(stamp.get('packed_sha256'))[:12]}, but this base has "
-            f"{str(packed_sha256)[:12]}; use the base it was trained on, or train an adapter for this one"
+            f"{adapter_dir} was made for a base with packed weights {str(stamp.get('packed_sha256'))[:12]}, but this "
+            f"base has {str(packed_sha256)[:12]}; use the base it was trained on, or train an adapter for this one"
         )
     return stamp
 

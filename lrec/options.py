@@ -12,6 +12,11 @@ from pathlib import Path
 from lrec.registry import nearest
 
 
+def setting(default, help: str):
+    """A settings field: its default, and the help text that the command line shows for its flag."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 def field_types(cls: type) -> dict[str, type]:
     """The type of each settable field of a dataclass."""
     hints = typing.get_type_hints(cls)
@@ -84,8 +89,12 @@ def _build(part, cls: type, values: dict[str, object]):
     if part is not cls:
         return dataclasses.replace(part, **given)
     needed = [
-        f.name for f in dataclasses.fields(cls)
-        if f.init and f.name not in given and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.init
+        and f.name not in given
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
     ]
     if needed:
         raise ValueError(f"missing {', '.join('--' + name for name in needed)}")
@@ -125,6 +134,10 @@ def usage(*classes: type) -> str:
     lines = []
     for cls in classes:
         for f in dataclasses.fields(cls):
-            default = "required" if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING else f.default
+            default = (
+                "required"
+                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+                else f.default
+            )
             lines.append(f"  --{f.name:<18} {f.metadata.get('help', '')} [{default}]")
     return "\n".join(lines)

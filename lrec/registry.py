@@ -42,6 +42,11 @@ def find(folder: str, name: str) -> type:
     return own[0]
 
 
+def name_of(member: type) -> str:
+    """The name of a member: that of its file."""
+    return member.__module__.rpartition(".")[2]
+
+
 def members(folder: str) -> dict[str, type]:
     """All members of a folder by name."""
     return {name: find(folder, name) for name in names(folder)}

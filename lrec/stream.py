@@ -49,7 +49,9 @@ class StreamedModel:
             with init_empty_weights(include_buffers=False):
                 self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
         except (OSError, KeyError) as error:
-            raise ValueError(f"{directory} is not a causal language model that transformers can build: {error}") from error
+            raise ValueError(
+                f"{directory} is not a causal language model that transformers can build: {error}"
+            ) from error
         self._prepare_packed()
         self.anatomy = anatomy.find_blocks(self.model)
         self.blocks = self.anatomy.modules
@@ -79,21 +81,26 @@ class StreamedModel:
             files = self._open(self.keys[part], stack)
             return {name: files[path].get_tensor(key) for name, key, path in self.keys[part]}
 
-    @torch.no_grad()
-    def embed(self, input_ids_BL: Tensor) -> tuple[Tensor, list[BlockCall]]:
-        """What enters the first block (B, L, H), and the further arguments of every block.
+    def embed(self, input_ids_BL: Tensor) -> Tensor:
+        """What enters the first block (B, L, H)."""
+        return self._capture(input_ids_BL)[0]
 
-        The arguments are captured for one row of the batch and broadcast over rows. Raises ValueError if a block's
-        arguments depend on the text, since then they cannot be shared by all samples.
+    def block_calls(self, input_ids_BL: Tensor) -> list[BlockCall]:
+        """The further arguments of every block for windows of this length, to be broadcast over any batch.
+
+        Raises ValueError if they depend on the text, since then they cannot be shared by all windows.
         """
-        hidden, calls = self._capture(input_ids_BL)
-        _, one = self._capture(input_ids_BL[:1].roll(1, -1))
         _, calls = self._capture(input_ids_BL[:1])
-        for index, (a, b) in enumerate(zip(calls, one, strict=True)):
+        _, again = self._capture(input_ids_BL[:1].roll(1, -1))
+        for index, (a, b) in enumerate(zip(calls, again, strict=True)):
             if not _same((a.args, a.kwargs), (b.args, b.kwargs)):
-                raise ValueError(f"{self.anatomy.name(index)} takes arguments that depend on the text; such models are not supported yet")
-        return hidden, calls
+                raise ValueError(
+                    f"{self.anatomy.name(index)} takes arguments that depend on the text; "
+                    "such models are not supported yet"
+                )
+        return calls
 
+    @torch.no_grad()
     def _capture(self, input_ids_BL: Tensor) -> tuple[Tensor, list[BlockCall]]:
         hidden, calls = [], []
 
@@ -113,7 +120,9 @@ class StreamedModel:
         finally:
             for block in self.blocks:
                 del block.forward
-        raise ValueError(f"{type(self.model).__name__} ran without visiting every block of {self.anatomy.path} once in order")
+        raise ValueError(
+            f"{type(self.model).__name__} ran without visiting every block of {self.anatomy.path} once in order"
+        )
 
     def _prepare_packed(self) -> None:
         quantization = getattr(self.config, "quantization_config", None)
@@ -123,7 +132,10 @@ class StreamedModel:
 
         method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
         if method != "lrec":
-            raise ValueError(f"{self.directory} is already quantized by {method!r}; lrec streams full-precision and its own packed models")
+            raise ValueError(
+                f"{self.directory} is already quantized by {method!r}; "
+                "lrec streams full-precision and its own packed models"
+            )
         quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=True)
         quantizer.preprocess_model(self.model, dtype=self.dtype)
 
@@ -170,7 +182,9 @@ class StreamedModel:
         inside = {id(p) for block in self.blocks for p in block.parameters()}
         missing = [name for name, p in self.model.named_parameters() if p.is_meta and id(p) not in inside]
         if missing:
-            raise ValueError(f"{self.directory} has no weights for {', '.join(missing[:5])}; the checkpoint is incomplete")
+            raise ValueError(
+                f"{self.directory} has no weights for {', '.join(missing[:5])}; the checkpoint is incomplete"
+            )
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -188,4 +202,4 @@ def _same(a, b) -> bool:
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     if isinstance(a, (tuple, list)):
         return len(a) == len(b) and all(map(_same, a, b))
-    return a is b or type(a) is type(b) and a == b
+    return a is b or (type(a) is type(b) and a == b)

@@ -36,7 +36,7 @@ class Packed:
     @classmethod
     def name(cls) -> str:
         """The format's name: that of its file."""
-        return cls.__module__.rpartition(".")[2]
+        return registry.name_of(cls)
 
     def unpack(self, rows: slice = slice(None)) -> Tensor:
         """The decoded rows as float32 (n, K): the definition of the format."""
@@ -44,7 +44,9 @@ class Packed:
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by field name; fields that are None are left out."""
-        held = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name in tensor_fields(type(self)))
+        held = (
+            (f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name in tensor_fields(type(self))
+        )
         return {name: value for name, value in held if value is not None}
 
     def spec(self) -> dict:
@@ -95,7 +97,9 @@ def build(tensors: dict[str, Tensor] | list[Tensor], spec: dict) -> Packed:
 def empty(spec: dict, device=None) -> Packed:
     """A weight of this spec with unset tensors on `device`; loading a checkpoint fills them."""
     kinds = spec["tensors"].items()
-    return build({n: torch.empty(shape, dtype=getattr(torch, dtype), device=device) for n, (dtype, shape) in kinds}, spec)
+    return build(
+        {n: torch.empty(shape, dtype=getattr(torch, dtype), device=device) for n, (dtype, shape) in kinds}, spec
+    )
 
 
 def spec_key(spec: dict) -> str:

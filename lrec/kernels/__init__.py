@@ -64,7 +64,9 @@ def explain(call: Call, spec: dict) -> tuple[str, dict[str, str]]:
     if forced:
         reason = registry.find("kernels", forced).refuses(call, spec)
         if reason:
-            raise ValueError(f"LREC_KERNEL={forced} was asked for, but it refuses: {reason}. Unset LREC_KERNEL to let lrec choose.")
+            raise ValueError(
+                f"LREC_KERNEL={forced} was asked for, but it refuses: {reason}. Unset LREC_KERNEL to let lrec choose."
+            )
         return forced, {name: f"LREC_KERNEL={forced} is set" for name in table() if name != forced}
     aside = {}
     for name, kernel in table().items():
@@ -79,7 +81,12 @@ def explain(call: Call, spec: dict) -> tuple[str, dict[str, str]]:
 def _choose(call: Call, key: str, forced: str | None) -> type[Kernel]:
     name, aside = explain(call, formats.parse_key(key))
     if name == "reference" and not forced:
-        _warn_once(call.device, str(call.dtype), formats.parse_key(key)["format"], "; ".join(f"{k}: {v}" for k, v in aside.items()))
+        _warn_once(
+            call.device,
+            str(call.dtype),
+            formats.parse_key(key)["format"],
+            "; ".join(f"{k}: {v}" for k, v in aside.items()),
+        )
     return registry.find("kernels", name)
 
 
@@ -87,7 +94,8 @@ def _choose(call: Call, key: str, forced: str | None) -> type[Kernel]:
 def _warn_once(device: str, dtype: str, format: str, reasons: str) -> None:
     if reasons:
         warnings.warn(
-            f"lrec: {format} weights on {device} with {dtype} use the reference kernel ({reasons}); `lrec explain` has the table",
+            f"lrec: {format} weights on {device} with {dtype} use the reference kernel ({reasons}); "
+            "`lrec explain` has the table",
             stacklevel=2,
         )
 
@@ -111,7 +119,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return _matmul(grad.contiguous(), list(ctx.saved_tensors), ctx.spec, not ctx.transpose), [None] * len(ctx.saved_tensors), None, None
+    return (
+        _matmul(grad.contiguous(), list(ctx.saved_tensors), ctx.spec, not ctx.transpose),
+        [None] * len(ctx.saved_tensors),
+        None,
+        None,
+    )
 
 
 _matmul.register_autograd(_backward, setup_context=_setup_context)
@@ -129,5 +142,8 @@ def apply(x: Tensor, tensors: list[Tensor], key: str, transpose: bool = False) -
     """`matmul` for a caller that holds the op's own arguments, as a layer does."""
     inner = formats.parse_key(key)["shape"][0 if transpose else 1]
     if x.shape[-1] != inner:
-        raise ValueError(f"x has {x.shape[-1]} columns, but the packed weight of shape {formats.parse_key(key)['shape']} needs {inner}")
+        raise ValueError(
+            f"x has {x.shape[-1]} columns, but the packed weight of shape "
+            f"{formats.parse_key(key)['shape']} needs {inner}"
+        )
     return _matmul(x.reshape(-1, inner), tensors, key, transpose).unflatten(0, x.shape[:-1])

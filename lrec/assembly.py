@@ -1,0 +1,132 @@
+"""A packed model directory in the making: one shard a block, and nothing that loads until all are there.
+
+Until `finish` there is no config.json and no index, only shards and `lrec_progress.json`, which says how far the run
+came and of which run it is; a shard is named in it only after it is on disk. So an interrupted run loses at most the
+block it was in, and a directory that loads is complete.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from torch import Tensor
+
+from lrec import checkpoint, formats, lowrank
+from lrec.formats import Packed
+
+PROGRESS = "lrec_progress.json"
+REPORT = "lrec_report.json"
+LOWRANK = "lowrank_init.safetensors"
+
+
+class Assembly:
+    """The files of one run of the pass over `count` blocks; `fingerprint` identifies the run."""
+
+    def __init__(self, directory: Path, fingerprint: str, count: int):
+        """Takes up what an earlier run of the same fingerprint left, or starts in a new or empty directory.
+
+        Raises ValueError if the directory holds anything else, so that nothing is overwritten.
+        """
+        self.directory, self.count = Path(directory), count
+        path = self.directory / PROGRESS
+        if path.exists():
+            self.progress = checkpoint.read_json(path)
+            if self.progress.get("fingerprint") != fingerprint:
+                raise ValueError(
+                    f"{directory} holds an unfinished run with another model, text or settings; "
+                    "remove it or choose another output_dir"
+                )
+        elif self.directory.exists() and any(self.directory.iterdir()):
+            raise ValueError(f"{directory} is not empty; choose another output_dir or remove it (nothing was changed)")
+        else:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.progress = {"fingerprint": fingerprint, "blocks": [], "seconds": 0.0}
+            checkpoint.write_json(path, self.progress)
+
+    @property
+    def num_done(self) -> int:
+        """Number of blocks on disk."""
+        return len(self.progress["blocks"])
+
+    @property
+    def rows(self) -> list[dict]:
+        """A row for each layer done: name, shape, spec, bytes, error and hash."""
+        return [row for block in self.progress["blocks"] for row in block]
+
+    def save(self, tensors: dict[str, Tensor], rows: list[dict], factors: dict, seconds: float) -> None:
+        """Writes the next block: its tensors by full name, its layers' rows and their low-rank factors."""
+        index = self.num_done
+        checkpoint.write_tensors(self._shard(index), tensors)
+        if factors:
+            lowrank.save(factors, self._factor_file(index))
+        self.progress["blocks"].append(rows)
+        self.progress["seconds"] += seconds
+        checkpoint.write_json(self.directory / PROGRESS, self.progress)
+
+    def packed(self, index: int) -> dict[str, Packed]:
+        """The packed layers of a block that is done, by full name."""
+        with checkpoint.open_tensors(self._shard(index)) as file:
+            return {
+                row["name"]: formats.build(
+                    {n: file.get_tensor(f"{row['name']}.{n}") for n in row["spec"]["tensors"]}, row["spec"]
+                )
+                for row in self.progress["blocks"][index]
+            }
+
+    def finish(self, rest: dict[str, Tensor], config, about: dict, base_dir: Path, quantized_share: float) -> dict:
+        """Writes what is in no block, tokenizer, config, index, report and manifest; returns the report.
+
+        `config` is the model's configuration; `about` says method, settings and base, and goes into its
+        quantization_config and into the manifest.
+        """
+        checkpoint.write_tensors(self._shard(self.count), rest)
+        self._merge_factors()
+        for path in checkpoint.tokenizer_files(base_dir):
+            shutil.copyfile(path, self.directory / path.name)
+        report = self._report() | {"quantized_share": quantized_share}
+        config.quantization_config = self._quantization_config(about, report)
+        config.save_pretrained(self.directory)
+        checkpoint.write_index(self.directory, [self._shard(i) for i in range(self.count + 1)])
+        layers = [{key: value for key, value in row.items() if key != "spec"} for row in self.rows]
+        checkpoint.write_json(self.directory / REPORT, report | {"layers": layers})
+        checkpoint.write_manifest(self.directory, about)
+        (self.directory / PROGRESS).unlink()
+        return report
+
+    def _report(self) -> dict:
+        weights = sum(row["shape"][0] * row["shape"][1] for row in self.rows)
+        packed_bytes = sum(row["bytes"] for row in self.rows)
+        return {
+            "bits_per_weight": 8 * packed_bytes / weights,
+            "packed_bytes": packed_bytes,
+            "num_layers": len(self.rows),
+            "seconds": round(self.progress["seconds"], 2),
+        }
+
+    def _quantization_config(self, about: dict, report: dict):
+        from lrec.integrations.transformers import LrecQuantConfig
+
+        layers: dict[str, dict] = {}
+        for row in self.rows:
+            kind = layers.setdefault(json.dumps(row["spec"]), {"spec": row["spec"], "modules": []})
+            kind["modules"].append(row["name"])
+        packed_sha256 = hashlib.sha256("".join(row["sha256"] for row in self.rows).encode()).hexdigest()
+        about = {**about}
+        method, settings = about.pop("method"), about.pop("settings")
+        meta = about | {"packed_sha256": packed_sha256, "bits_per_weight": report["bits_per_weight"]}
+        return LrecQuantConfig(method=method, settings=settings, layers=list(layers.values()), meta=meta)
+
+    def _merge_factors(self) -> None:
+        parts = [path for path in map(self._factor_file, range(self.count)) if path.exists()]
+        if parts:
+            factors = {name: pair for path in parts for name, pair in lowrank.load(path).items()}
+            lowrank.save(factors, self.directory / LOWRANK)
+        for path in parts:
+            path.unlink()
+
+    def _shard(self, index: int) -> Path:
+        return self.directory / f"model-{index + 1:05}-of-{self.count + 1:05}.safetensors"
+
+    def _factor_file(self, index: int) -> Path:
+        return self.directory / f"lowrank-{index + 1:05}.safetensors"

@@ -1,0 +1,192 @@
+"""The block-by-block pass: load a block, see its inputs, quantize its linears, save it, let it go.
+
+One block and the calibration hidden states are in memory at a time. The inputs of a block are those that the
+quantized blocks before it produce, so that errors upstream are seen; linears that share an input share its statistics.
+A saved block is a done block: running the same pass again in the same directory loads the finished blocks, runs them
+for their outputs, and goes on, guarded by a fingerprint of model, settings and text.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lrec import anatomy, checkpoint, lowrank, registry
+from lrec.assembly import Assembly
+from lrec.formats import Packed
+from lrec.nn import PackedLinear
+from lrec.options import setting
+from lrec.quantizers import Quantizer
+from lrec.statistics import Collector, Statistics
+from lrec.stream import BlockCall, StreamedModel
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text a model is quantized with: `input_ids` (samples, length), and what to call it in reports."""
+
+    input_ids: Tensor
+    about: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassSettings:
+    """How the pass runs, whatever the quantizer."""
+
+    init_rank: int = setting(32, "rank of the closed-form adapter factors stored with the model (0: none)")
+    batch_size: int = setting(4, "windows run through a block at once")
+
+
+class Pass:
+    """One run of the pass: a streamed model, a quantizer, the text, and the directory that fills up."""
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        quantizer: Quantizer,
+        calibration: Calibration,
+        output_dir: Path,
+        settings: PassSettings | None = None,
+    ):
+        """Raises ValueError if the output directory holds anything but an unfinished run of this same pass."""
+        self.streamed, self.quantizer, self.calibration = streamed, quantizer, calibration
+        self.settings = settings or PassSettings()
+        self.about = {
+            "method": registry.name_of(type(quantizer)),
+            "settings": asdict(quantizer),
+            "base_model": str(streamed.directory),
+            "base_sha256": checkpoint.fingerprint(streamed.directory),
+            "calibration": calibration.about,
+        }
+        self.assembly = Assembly(output_dir, self._fingerprint(), len(streamed))
+
+    def run(self) -> dict:
+        """Quantizes every block not yet done; the directory then loads with `from_pretrained`. Returns the report.
+
+        Raises ValueError that names the layer a quantizer refuses, or the block whose output is not finite.
+        """
+        streamed, dense = self.streamed, 0
+        batches = self.calibration.input_ids.split(self.settings.batch_size)
+        states = [streamed.embed(ids) for ids in batches]
+        calls = streamed.block_calls(batches[0])
+        for index in tqdm(
+            range(len(streamed)), desc=f"quantize, {self.quantizer.bits} bits", unit="block", disable=None
+        ):
+            start = time.monotonic()
+            block = streamed.load(index)
+            if index < self.assembly.num_done:
+                for name, packed in self.assembly.packed(index).items():
+                    prefix = f"{streamed.anatomy.name(index)}."
+                    replace(block, name.removeprefix(prefix), packed.to(streamed.device))
+            else:
+                rows, factors = self._quantize(block, index, states, calls[index])
+                self.assembly.save(self._tensors(block, index), rows, factors, time.monotonic() - start)
+            dense += sum(p.numel() for p in block.parameters() if p.ndim >= 2)
+            advance(block, streamed.anatomy.name(index), states, calls[index])
+            streamed.free(index)
+        weights = sum(row["shape"][0] * row["shape"][1] for row in self.assembly.rows)
+        share = weights / (weights + dense)
+        return self.assembly.finish(streamed.stored(None), streamed.config, self.about, streamed.directory, share)
+
+    @torch.no_grad()
+    def _quantize(self, block: nn.Module, index: int, states: list[Tensor], call: BlockCall) -> tuple[list[dict], dict]:
+        """Replaces the block's linears by packed ones; a row and a pair of low-rank factors for each layer."""
+        name, linears = self.streamed.anatomy.name(index), anatomy.linears(block)
+        groups = anatomy.shared_inputs(block, lambda: call(block, states[0][:1]))
+        unseen = sorted(set(linears) - {linear for group in groups for linear in group})
+        if unseen:
+            raise ValueError(f"{name}: the calibration text never reaches {', '.join(unseen[:4])}; use more text")
+        needs = self.quantizer.needs | {"hessian"}
+        statistics = collect(block, groups, needs, lambda: [call(block, state) for state in states])
+        rows, factors = [], {}
+        for group, seen in zip(groups, statistics, strict=True):
+            for linear in group:
+                layer, w_NK = f"{name}.{linear}", linears[linear].weight.float()
+                packed = quantize_layer(layer, w_NK, self.quantizer, seen)
+                residual_NK = w_NK - packed.unpack()
+                rows.append(layer_row(layer, packed, residual_NK, w_NK, seen.hessian_KK))
+                if self.settings.init_rank:
+                    rank = min(self.settings.init_rank, *packed.shape)
+                    factors[layer] = lowrank.factor(residual_NK, rank, seen.hessian_KK)
+                replace(block, linear, packed)
+        return rows, factors
+
+    def _tensors(self, block: nn.Module, index: int) -> dict[str, Tensor]:
+        """All tensors of a block by full name; what is not packed is as the checkpoint has it, in its own dtype."""
+        stored, prefix = self.streamed.stored(index), self.streamed.anatomy.name(index)
+        return {f"{prefix}.{key}": stored.get(f"{prefix}.{key}", tensor) for key, tensor in block.state_dict().items()}
+
+    def _fingerprint(self) -> str:
+        ids = hashlib.sha256(self.calibration.input_ids.numpy().tobytes()).hexdigest()
+        parts = [self.about, asdict(self.settings), ids, str(self.streamed.dtype)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@torch.no_grad()
+def advance(block: nn.Module, name: str, states: list[Tensor], call: BlockCall) -> None:
+    """Runs every batch of hidden states through the block, in place of the old ones.
+
+    Raises ValueError naming the block if its output is NaN or infinite.
+    """
+    for i, state in enumerate(states):
+        states[i] = call(block, state)
+        if not states[i].isfinite().all():
+            bad = int((~states[i].isfinite()).sum())
+            raise ValueError(
+                f"the output of {name} is not finite ({bad} of {states[i].numel()} values in batch {i}); "
+                "check the checkpoint's weights, or compute in float32"
+            )
+
+
+def collect(
+    block: nn.Module, groups: list[list[str]], needs: frozenset[str], run: Callable[[], object]
+) -> list[Statistics]:
+    """The input statistics of each group of linears over everything `run` feeds the block."""
+    linears = anatomy.linears(block)
+    collectors = [Collector(linears[group[0]].in_features, needs) for group in groups]
+    hooks = [
+        linears[group[0]].register_forward_pre_hook(lambda _, args, to=collector: to.add(args[0].flatten(0, -2)))
+        for group, collector in zip(groups, collectors, strict=True)
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [collector.result() for collector in collectors]
+
+
+def quantize_layer(layer: str, w_NK: Tensor, quantizer: Quantizer, statistics: Statistics) -> Packed:
+    """The packed weight; what the quantizer refuses is raised again with the layer's name before it."""
+    try:
+        return quantizer(w_NK, statistics)
+    except ValueError as error:
+        raise ValueError(f"{layer}: {error}") from error
+
+
+def layer_row(layer: str, packed: Packed, residual_NK: Tensor, w_NK: Tensor, hessian_KK: Tensor) -> dict:
+    """What the report says of a layer; `error` is ||(W - Wq) X||^2 / ||W X||^2 over the calibration inputs."""
+    energy = (w_NK @ hessian_KK * w_NK).sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return {
+        "name": layer,
+        "shape": list(packed.shape),
+        "bits_per_weight": packed.bits_per_weight,
+        "bytes": packed.nbytes,
+        "error": float((residual_NK @ hessian_KK * residual_NK).sum() / energy),
+        "sha256": checkpoint.tensors_hash(packed.tensors()),
+        "spec": packed.spec(),
+    }
+
+
+def replace(block: nn.Module, name: str, packed: Packed) -> None:
+    """Puts a PackedLinear in the place of the block's linear of that name; the bias stays."""
+    linear = block.get_submodule(name)
+    parent, _, leaf = name.rpartition(".")
+    bias = None if linear.bias is None else linear.bias.detach()
+    setattr(block.get_submodule(parent), leaf, PackedLinear(packed, bias, linear.weight.dtype))

@@ -1,0 +1,156 @@
+"""The `lrec` command: one verb, its settings as flags, one report.
+
+Exit codes: 0 done, 2 wrong input (one clear message on stderr), 3 does not fit in memory, 130 interrupted. With
+`--json` the report is the only thing on stdout.
+"""
+
+import contextlib
+import json
+import sys
+import warnings
+
+from lrec import options, registry
+
+VERBS = {
+    "quantize": "pack a full-precision model into 2, 3, 4 or 8 bits, one block at a time",
+    "train": "train an adapter that corrects the quantization error, by KL to the teacher",
+    "evaluate": "perplexity, KL to the teacher and top-1 agreement on held-out text",
+    "export": "write what others can load: a peft adapter, a dense merged model",
+    "inspect": "what a packed model holds: bits, bytes, layers",
+    "explain": "which kernel serves each layer here, and why faster ones stand aside",
+}
+
+HELP = """lrec: fine-tune large language models quantized to 2, 3 or 4 bits
+
+usage: lrec VERB [--setting value ...] [--config file.yaml] [--json]
+
+{verbs}
+
+`lrec VERB --help` lists a verb's settings and their defaults."""
+
+
+def quantize(values: dict) -> dict:
+    """`lrec quantize`."""
+    from lrec.blocks import PassSettings
+    from lrec.recipe import Quantize
+
+    quantizer = registry.find("quantizers", str(values.get("method", Quantize.method)))
+    run, method, settings = options.fill(values, Quantize, quantizer, PassSettings)
+    return run.run(method, settings)
+
+
+def train(values: dict) -> dict:
+    """`lrec train`."""
+    from lrec.recipe import Train
+    from lrec.trainer import LrecConfig
+
+    run, config = options.fill(values, Train, LrecConfig)
+    return run.run(config)
+
+
+def evaluate(values: dict) -> dict:
+    """`lrec evaluate`."""
+    from lrec.recipe import Evaluate
+
+    return options.fill(values, Evaluate)[0].run()
+
+
+def export(values: dict) -> dict:
+    """`lrec export`."""
+    from lrec.recipe import Export
+
+    return options.fill(values, Export)[0].run()
+
+
+def inspect(values: dict) -> dict:
+    """`lrec inspect`."""
+    from lrec.report import Inspect
+
+    return options.fill(values, Inspect)[0].run()
+
+
+def explain(values: dict) -> dict:
+    """`lrec explain`."""
+    from lrec.report import Explain
+
+    return options.fill(values, Explain)[0].run()
+
+
+def help_text(verb: str | None, values: dict) -> str:
+    """The help of `lrec`, or of one verb with all its settings and their defaults."""
+    if verb is None:
+        verbs = "\n".join(f"  {name:<10} {what}" for name, what in VERBS.items())
+        return HELP.format(verbs=verbs)
+    from lrec import recipe, report
+    from lrec.blocks import PassSettings
+
+    classes = {
+        "quantize": lambda: (
+            recipe.Quantize,
+            registry.find("quantizers", str(values.get("method", recipe.Quantize.method))),
+            PassSettings,
+        ),
+        "train": lambda: (recipe.Train,),
+        "evaluate": lambda: (recipe.Evaluate,),
+        "export": lambda: (recipe.Export,),
+        "inspect": lambda: (report.Inspect,),
+        "explain": lambda: (report.Explain,),
+    }[verb]()
+    more = (
+        "\nand every setting of trl's SFTConfig (max_steps, learning_rate, per_device_train_batch_size ...)"
+        if verb == "train"
+        else ""
+    )
+    return f"lrec {verb}: {VERBS[verb]}\n\n{options.usage(*classes)}{more}"
+
+
+def show(report: dict) -> str:
+    """A report for people: rows as a table, the rest as one line each."""
+    from lrec.report import table
+
+    lines = [
+        f"{key:<20} {value:.6g}" if isinstance(value, float) else f"{key:<20} {value}"
+        for key, value in report.items()
+        if not isinstance(value, list)
+    ]
+    for rows in report.values():
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+            lines += ["", *table(rows)]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb and returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb = words.pop(0) if words and not words[0].startswith("-") else None
+    try:
+        if verb is not None and verb not in VERBS:
+            raise ValueError(registry.nearest(verb, VERBS, "verb"))
+        values = options.settings(words)
+        if values.pop("help", False) or verb is None:
+            print(help_text(verb, values))
+            return 0
+        as_json = bool(values.pop("json", False))
+        with contextlib.redirect_stdout(sys.stderr):
+            quiet()
+            report = globals()[verb](values)
+        print(json.dumps(report) if as_json else show(report))
+        return 0
+    except ValueError as error:
+        print(f"lrec{' ' + verb if verb else ''}: {error}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(f"lrec {verb}: does not fit in memory: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print(f"lrec {verb}: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def quiet() -> None:
+    """Leaves the screen to lrec's own progress: other libraries say only errors."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers|peft|trl|accelerate")

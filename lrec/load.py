@@ -1,0 +1,80 @@
+"""A model ready to run: base and adapter from a directory, a data script's name or the Hub, checked to fit together."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lrec import checkpoint, text
+
+
+def device_of(name: str = "auto") -> torch.device:
+    """`auto` is the first GPU if there is one, else the CPU. Raises ValueError for a device torch does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu or auto"
+        ) from error
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on the CPU, where half precision is slower, and bfloat16 elsewhere."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, name, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype {name!r} is not one of auto, float32, bfloat16, float16")
+    return dtype
+
+
+def tokenizer(model: str):
+    """The tokenizer of a model. Raises ValueError if the directory has none."""
+    from transformers import AutoTokenizer
+
+    path = text.model_path(model)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} has no tokenizer that transformers can read: {str(error).splitlines()[0]}") from error
+
+
+def model(name: str, adapter: str | None = None, device: str = "auto", dtype: str = "auto") -> nn.Module:
+    """The causal LM in evaluation mode, dense or packed, with a peft adapter on top if one is named.
+
+    Raises ValueError for a missing or damaged directory, and for an adapter made for another base.
+    """
+    import transformers
+
+    path = text.model_path(name)
+    checkpoint.weight_files(path)
+    place = device_of(device)
+    try:
+        found = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype_of(dtype, place), device_map={"": place}
+        )
+    except OSError as error:
+        raise ValueError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if adapter is not None:
+        found = with_adapter(found, adapter)
+    return found.eval()
+
+
+def with_adapter(base: nn.Module, adapter: str, is_trainable: bool = False) -> nn.Module:
+    """The peft model of a base and a saved adapter. Raises ValueError if the adapter was made for another base."""
+    from peft import PeftModel
+
+    path = Path(adapter)
+    if not (path / "adapter_config.json").is_file():
+        raise ValueError(f"{path} is not a peft adapter: it has no adapter_config.json")
+    checkpoint.check_stamp(path, packed_sha256(base))
+    return PeftModel.from_pretrained(base, path, is_trainable=is_trainable)
+
+
+def packed_sha256(base: nn.Module) -> str | None:
+    """Identity of a packed model's weights as its config tells it; None for a model that is not packed by lrec."""
+    config = getattr(getattr(base, "config", None), "quantization_config", None)
+    meta = getattr(config, "meta", None) or (config.get("meta") if isinstance(config, dict) else None) or {}
+    return meta.get("packed_sha256")

@@ -1,0 +1,127 @@
+"""What can be told of a packed model from its files alone: what it holds, and which kernels would run it."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from lrec import checkpoint, kernels, text
+from lrec.options import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """`lrec inspect`: bits, bytes and layers of a packed model."""
+
+    model: str = field(metadata={"help": "packed model"})
+
+    def run(self) -> dict:
+        """Totals, and a row per packed layer."""
+        directory = text.model_path(self.model)
+        config = packed_config(directory)
+        rows = []
+        for entry in config["layers"]:
+            spec = entry["spec"]
+            stored = sum(_bytes(dtype, shape) for dtype, shape in spec["tensors"].values())
+            rows += [layer_row(name, spec, stored) for name in entry["modules"]]
+        weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
+        dense = dense_block_weights(directory, {row["name"] for row in rows})
+        meta = config.get("meta", {})
+        return {
+            "model": str(directory),
+            "method": config.get("method"),
+            "base_model": meta.get("base_model"),
+            "packed_sha256": meta.get("packed_sha256"),
+            "bits_per_weight": 8 * sum(row["bytes"] for row in rows) / weights,
+            "total_bytes": checkpoint.weights_bytes(directory),
+            "quantized_share": weights / (weights + dense),
+            "num_layers": len(rows),
+            "layers": sorted(rows, key=lambda row: [int(p) if p.isdigit() else p for p in row["name"].split(".")]),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explain:
+    """`lrec explain`: the kernel that serves each kind of layer, and why each faster one stands aside."""
+
+    model: str = field(metadata={"help": "packed model"})
+    device: str = setting("auto", "device to explain for")
+    dtype: str = setting("auto", "dtype of the activations")
+
+    def run(self) -> dict:
+        """A row per kind of layer, number of rows and direction."""
+        from lrec import load
+
+        device = load.device_of(self.device)
+        dtype = load.dtype_of(self.dtype, device)
+        rows = []
+        for entry in packed_config(text.model_path(self.model))["layers"]:
+            for num_rows, transpose in ((1, False), (1024, False), (1024, True)):
+                name, aside = kernels.explain(kernels.Call(device.type, dtype, num_rows, transpose), entry["spec"])
+                rows.append(
+                    {
+                        "format": entry["spec"]["format"],
+                        "shape": entry["spec"]["shape"],
+                        "layers": len(entry["modules"]),
+                        "rows": num_rows,
+                        "direction": "backward" if transpose else "forward",
+                        "kernel": name,
+                        "stood_aside": "; ".join(f"{k}: {v}" for k, v in aside.items()),
+                    }
+                )
+        return {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "layers": rows}
+
+
+def table(rows: list[dict]) -> list[str]:
+    """Rows as lines of aligned columns."""
+    text = [
+        [f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v) for v in row.values()]
+        for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]
+    ]
+    widths = [max(len(line[i]) for line in text) for i in range(len(text[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in text]
+
+
+def packed_config(directory: Path) -> dict:
+    """The quantization config of a packed model. Raises ValueError if the model is not packed by lrec."""
+    config = checkpoint.read_json(directory / "config.json").get("quantization_config", {})
+    if config.get("quant_method") != "lrec":
+        raise ValueError(
+            f"{directory} is not packed by lrec (quant_method {config.get('quant_method')!r}); "
+            "make one with `lrec quantize`"
+        )
+    return config
+
+
+def layer_row(name: str, spec: dict, stored: int) -> dict:
+    """One layer: name, format, settings, shape, bits per weight, bytes."""
+    settings = {k: v for k, v in spec.items() if k not in ("format", "shape", "tensors")}
+    weights = spec["shape"][0] * spec["shape"][1]
+    return {
+        "name": name,
+        "format": spec["format"],
+        "settings": json.dumps(settings),
+        "shape": spec["shape"],
+        "bits_per_weight": 8 * stored / weights,
+        "bytes": stored,
+    }
+
+
+def dense_block_weights(directory: Path, packed: set[str]) -> int:
+    """Number of matrix weights in the blocks that are stored unpacked, from the file headers alone."""
+    path = next(iter(packed)).split(".")
+    depth = next(i for i, part in enumerate(path) if part.isdigit())
+    prefix = ".".join(path[:depth]) + "."
+    total = 0
+    for file in checkpoint.weight_files(directory):
+        with checkpoint.open_tensors(file) as tensors:
+            for key in tensors.keys():  # noqa: SIM118  (safe_open is not a dict)
+                shape = tensors.get_slice(key).get_shape()
+                if key.startswith(prefix) and key.rpartition(".")[0] not in packed and len(shape) >= 2:
+                    total += torch.Size(shape).numel()
+    return total
+
+
+def _bytes(dtype: str, shape: list[int]) -> int:
+    return torch.Size(shape).numel() * getattr(torch, dtype).itemsize
