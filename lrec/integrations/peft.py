@@ -1,0 +1,142 @@
+"""LoRA on packed layers, by peft.
+
+peft takes a `PackedLinear` for the `nn.Linear` it is, and is right about everything but one thing: it would merge an
+adapter by adding to `weight`, which here is a copy that nobody keeps. So peft is taught, when it is imported, to put
+`LoraPackedLinear` there instead. The forward pass is peft's own, y = base(x) + scaling * B A dropout(x): the base
+product keeps nothing for backward, the adapter keeps x and A x.
+"""
+
+import functools
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lrec.nn import PackedLinear
+
+# Initialisations that leave the base weight alone; peft's others subtract the adapter from it.
+INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+class LoraPackedLinear(LoraLinear):
+    """peft's LoRA layer around a `PackedLinear`, whose weight it never writes.
+
+    With DoRA each forward decodes the weight once for its norm, and keeps it for backward if there is dropout too.
+    """
+
+    def update_layer(self, adapter_name, r, lora_alpha, config, **kwargs):
+        """Adds an adapter. Raises ValueError for an `init_lora_weights` that rewrites the base weight."""
+        if config.init_lora_weights not in INITS:
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} subtracts the adapter from the base weight, but that is "
+                f"packed and stays as it is; allowed: {', '.join(map(repr, INITS))}. To start from what quantizing lost, "
+                "keep True and load factors from lrec.lowrank into the adapter."
+            )
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises ValueError while the base is packed: adding to it would mean quantizing again, and losing the gain."""
+        base = self.get_base_layer()
+        if isinstance(base, PackedLinear):
+            raise ValueError(
+                f"an adapter cannot be merged into a packed weight ({base.extra_repr()}) without quantizing it again; "
+                "call merge_and_unload() for a dense model (`lrec export --format merged`), or keep base and adapter "
+                "apart and save the adapter alone (`lrec export --format adapter`)"
+            )
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Linear:
+        """For peft's `unload`, the packed layer; for `merge_and_unload`, W + sum of scaling B A as a dense `nn.Linear`.
+
+        The sum is taken in float32 and rounded once, to the packed layer's `dtype`.
+        """
+        base = self.get_base_layer()
+        if not merge:
+            return base
+        self.base_layer = base.to_dense(torch.float32)
+        self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        merged, self.base_layer = self.base_layer, base
+        return merged.to(base.dtype)
+
+    def _get_base_layer_device_and_dtype(self, base_layer):
+        # peft would ask `weight`, and so decode it.
+        if isinstance(base_layer, PackedLinear):
+            return base_layer.qweight.device, base_layer.dtype
+        return super()._get_base_layer_device_and_dtype(base_layer)
+
+
+def prepare_model_for_training(
+    model: nn.Module, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: dict | None = None
+) -> nn.Module:
+    """The same model, frozen and ready for adapters; call it before or after `get_peft_model`.
+
+    Takes the place of peft's `prepare_model_for_kbit_training`, which would cast embeddings and head to float32 and
+    leave gradient checkpointing off. Nothing is cast here. Checkpointing defaults to `use_reentrant=False`. DDP will
+    not broadcast the packed weights at every forward, as it does with buffers.
+    """
+    modules = dict(model.named_modules())
+    if not any(isinstance(module, BaseTunerLayer) for module in modules.values()):
+        model.requires_grad_(False)
+    if use_gradient_checkpointing:
+        kwargs = {"use_reentrant": False} if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        # A reentrant checkpoint passes no gradient on unless one of its inputs needs it.
+        if kwargs.get("use_reentrant", True):
+            model.enable_input_require_grads()
+    buffers = [
+        f"{place}.{key}"
+        for name, module in modules.items()
+        if isinstance(module, PackedLinear)
+        # The names that DDP will know them by if adapters come later.
+        for place in (name, f"{name}.base_layer", f"base_model.model.{name}", f"base_model.model.{name}.base_layer")
+        for key in module.spec["tensors"]
+    ]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
+    return model
+
+
+def register() -> None:
+    """Teaches peft about packed layers. Calling it again changes nothing."""
+    if hasattr(LoraModel._create_new_module, "by_lrec"):
+        return
+    create, check = LoraModel._create_new_module, BaseTuner._check_merge_allowed
+
+    @functools.wraps(create)
+    def create_new_module(lora_config, adapter_name, target, **kwargs):
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, PackedLinear):
+            return create(lora_config, adapter_name, target, **kwargs)
+        if kwargs.pop("parameter_name", None) is not None:
+            raise ValueError("target_parameters cannot name the weight of a packed layer; use target_modules instead")
+        if lora_config.fan_in_fan_out:
+            raise ValueError(
+                "fan_in_fan_out=True is for transposed weights, but packed ones are (out, in); set it to False"
+            )
+        return LoraPackedLinear(target, adapter_name, config=lora_config, **kwargs)
+
+    @functools.wraps(check)
+    def check_merge_allowed(self):
+        lost = [
+            f"{name} ({type(module).__name__})"
+            for name, module in self.model.named_modules()
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraPackedLinear)
+            if isinstance(module.get_base_layer(), PackedLinear)
+        ]
+        if lost:
+            raise ValueError(
+                f"only LoRA merges into packed layers, and only by merge_and_unload(); here are {', '.join(lost[:3])} and "
+                f"{max(len(lost) - 3, 0)} more. Call dequantize() of the base model first, or keep the adapter apart."
+            )
+        check(self)
+
+    create_new_module.by_lrec = True
+    LoraModel._create_new_module = staticmethod(create_new_module)
+    BaseTuner._check_merge_allowed = check_merge_allowed
+
+
+register()
