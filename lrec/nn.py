@@ -39,13 +39,24 @@ class PackedLinear(nn.Linear):
         return self.packed.unpack().to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x of shape (..., K) to (..., N), in x's dtype."""
+        """x of shape (..., K) to (..., N), in x's dtype, or in that of an enclosing autocast as `nn.Linear` does."""
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         y = kernels.apply(x, self._tensors(), self.key)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantize(self) -> Tensor:
         """The decoded weight, under the name by which peft asks for it."""
         return self.weight
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A frozen `nn.Linear` of the decoded weight and the bias, in `dtype` (the layer's own if None)."""
+        dtype = dtype or self.dtype
+        dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        dense.weight = nn.Parameter(self.packed.unpack().to(dtype), requires_grad=False)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True), requires_grad=False)
+        return dense.train(self.training)
 
     def extra_repr(self) -> str:
         """Shape, format and bits per weight, as `print(model)` shows them."""
@@ -60,9 +71,9 @@ class PackedLinear(nn.Linear):
         # `model.to(dtype)` must move scales and tables but never round them: they are part of the stored weight.
         held = {name: self._buffers[name] for name in self.spec["tensors"]}
         super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         for name, tensor in held.items():
             moved = self._buffers[name]
             if moved.dtype != tensor.dtype:
-                self.dtype = moved.dtype
                 self._buffers[name] = tensor.to(moved.device)
         return self
