@@ -27,7 +27,29 @@ def tiny_llama(seed=0, **changes):
 
     torch.manual_seed(seed)
     settings = {
-        "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 128, "tie_word_embeddings": False,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
     }
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+
+def tiny_model(directory, max_shard_size="50GB", **changes):
+    """Saves `tiny_llama(**changes)` with a byte-level tokenizer of its 256 ids into a directory; returns the model."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model = tiny_llama(**changes)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<eos>": 0} | {letter: i for i, letter in enumerate(letters[:255], 1)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(directory)
+    return model
