@@ -30,6 +30,7 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.build_lib) / FOLDER / LIBRARY
         library.parent.mkdir(parents=True, exist_ok=True)
+        library.unlink(missing_ok=True)
         command = [*shlex.split(os.environ.get("CXX", "c++")), *FLAGS, *ext.sources, "-o", str(library)]
         if shutil.which(command[0]) is None:
             outcome = f"not built: no C++ compiler {command[0]!r}. Install one, or name it in CXX, and install again."
@@ -40,7 +41,7 @@ class BuildNative(build_ext):
         self.announce(f"lrec native kernels: {outcome}", level=3)
 
     def copy_extensions_to_source(self) -> None:
-        """In-place builds: the library, if there is one, and the log; a library of an earlier build does not stay."""
+        """In-place builds: the library, if there is one, and the log. A library of an earlier build never stays."""
         (FOLDER / LIBRARY).unlink(missing_ok=True)
         super().copy_extensions_to_source()
         shutil.copyfile(Path(self.build_lib) / FOLDER / LOG, FOLDER / LOG)
