@@ -1,0 +1,240 @@
+"""Divergences between two language models, from their last hidden states: the logits of a batch never exist.
+
+A vocabulary is a hundred times wider than a hidden state, so logits of shape (T, V) are what fills the memory of a
+distillation step. The head is frozen, hence the only gradient wanted is the one with respect to the student's hidden
+states, and that one is known as soon as the logits are: for the forward KL it is (q - p) W. So the sum below walks over
+the tokens in chunks, makes the two logits of a chunk, turns them in place into the loss and into the gradient with
+respect to logits, projects that back to (n, H), and forgets them. Backward only scales what forward has kept.
+
+    L = sum over tokens with a label of  kl_weight * D(p || q) + ce_weight * -log q_1[label]
+
+p and q are softmax(logits / temperature) of teacher and student, q_1 is the student at temperature 1. No factor
+temperature^2 is applied: fold it into `kl_weight` to keep the gradient's size (Hinton et al., 1503.02531, section 2).
+All arithmetic on logits is float32, or float64 for float64 hidden states, whatever autocast says.
+"""
+
+from dataclasses import dataclass
+from math import log
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lrec import registry
+from lrec.head import Head
+
+IGNORE = -100
+CHUNK_LOGITS = 2**22  # 16 MB of float32: three such buffers live at once, one more each for CE, JSD and a soft cap
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """KL(p || q) = sum p (log p - log q) per row, and its gradient q - p in the logits of q; uses its arguments up."""
+    p = log_p.exp()
+    value = log_p.sub_(log_q).mul_(p).sum(-1)
+    grad = log_q.exp_().sub_(p)
+    # sum(q - p) is zero but for rounding: it cancels the error that a log-sum-exp brings to every log q of a row alike.
+    return value + grad.sum(-1), grad
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """R = KL(q || p) = sum q (log q - log p) per row, and q (log q - log p - R); uses its arguments up."""
+    q = log_q.exp()
+    ratio = log_q.sub_(log_p)
+    value = torch.mul(q, ratio, out=log_p).sum(-1)
+    return value, ratio.sub_(value[:, None]).mul_(q)
+
+
+def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, per row, and its gradient
+    (1 - beta) q (log q - log m - KL(q || m)); uses its arguments up. Agarwal et al., 2306.13649, equation 1."""
+    log_m = torch.logaddexp(log_p.add_(log(beta)), log_q.add_(log(1 - beta)))
+    weight = log_p.exp()
+    value = log_p.sub_(log_m).sub_(log(beta)).mul_(weight).sum(-1)
+    torch.exp(log_q, out=weight)
+    ratio = log_q.sub_(log_m).sub_(log(1 - beta))
+    other = torch.mul(weight, ratio, out=log_p).sum(-1)
+    return value + other, ratio.sub_(other[:, None] / (1 - beta)).mul_(weight)
+
+
+DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is summed, and how: see the equation at the top. `beta` is jsd's; `chunk_tokens` None means 16 MB of logits.
+
+    Raises ValueError for an unknown divergence or numbers out of range.
+    """
+
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+    kl_weight: float = 1.0
+    ce_weight: float = 0.0
+    chunk_tokens: int | None = None
+
+    def __post_init__(self):
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(registry.nearest(self.divergence, DIVERGENCES, "divergence"))
+        rules = {
+            f"beta = {self.beta} must lie between 0 and 1, both excluded": 0 < self.beta < 1,
+            f"temperature = {self.temperature} must be above 0": self.temperature > 0,
+            f"kl_weight = {self.kl_weight} and ce_weight = {self.ce_weight} must be at least 0, one of them above": (
+                min(self.kl_weight, self.ce_weight) >= 0 and self.kl_weight + self.ce_weight > 0
+            ),
+            f"chunk_tokens = {self.chunk_tokens} must be at least 1, or None": (
+                self.chunk_tokens is None or self.chunk_tokens >= 1
+            ),
+        }
+        wrong = [rule for rule, holds in rules.items() if not holds]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What a teacher says about T tokens: its last hidden states (T, H') and the head that makes logits of them.
+
+    The loss only calls `divergence`; a teacher that stores something else than hidden states overrides it.
+    """
+
+    hidden: Tensor
+    head: Head
+
+    def divergence(self, logits_nV: Tensor, rows_n: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+        """D between teacher and student at the tokens `rows_n`, (n,), and its gradient in the student's logits (n, V).
+
+        The student's logits are used up."""
+        t_nV = self.head.logits(self.hidden[rows_n.to(self.hidden.device)]).to(logits_nV)
+        if t_nV.shape != logits_nV.shape:
+            raise ValueError(
+                f"the teacher has {t_nV.shape[1]} logits, but the student {logits_nV.shape[1]}; "
+                "choose a teacher with the student's vocabulary"
+            )
+        log_p, log_q = (_log_softmax_(z.div_(objective.temperature)) for z in (t_nV, logits_nV))
+        value, grad = DIVERGENCES[objective.divergence](log_p, log_q, objective.beta)
+        return value, grad.div_(objective.temperature)
+
+
+def _log_softmax_(z: Tensor) -> Tensor:
+    return z.sub_(z.logsumexp(-1, keepdim=True))
+
+
+class LossSum(NamedTuple):
+    """A loss summed over tokens: `loss` carries the gradient, `kl` and `ce` are its unweighted parts without one."""
+
+    loss: Tensor
+    kl: Tensor
+    ce: Tensor
+    num_tokens: int
+
+
+def divergence(
+    hidden_TH: Tensor, head: Head, targets: Targets | None, labels_T: Tensor, objective: Objective
+) -> LossSum:
+    """The sum L at the top of this file over the tokens whose label is not -100; the caller divides.
+
+    hidden_TH: the student's last hidden states, the only thing that gets a gradient; labels_T: the token that follows
+    each position (`shift_labels`). Without `targets` the objective must have kl_weight 0. Raises ValueError if the
+    teacher's vocabulary is another.
+    """
+    if targets is None and objective.kl_weight:
+        raise ValueError("kl_weight > 0 needs a teacher's targets; give them, or set kl_weight to 0")
+    index = (labels_T != IGNORE).nonzero().flatten()
+    loss, kl, ce = _ChunkedSum.apply(hidden_TH, head, targets, labels_T, index, objective)
+    return LossSum(loss, kl, ce, len(index))
+
+
+def cross_entropy(hidden_TH: Tensor, head: Head, labels_T: Tensor, chunk_tokens: int | None = None) -> LossSum:
+    """The sum of -log q[label], by the same chunks and without a teacher."""
+    return divergence(hidden_TH, head, None, labels_T, Objective(kl_weight=0, ce_weight=1, chunk_tokens=chunk_tokens))
+
+
+def shift_labels(labels_BL: Tensor) -> Tensor:
+    """(B*L,): at each position the token that follows it; the last of each row has none, -100."""
+    return nn.functional.pad(labels_BL[:, 1:], (0, 1), value=IGNORE).flatten()
+
+
+def chunk_rows(vocab_size: int, chunk_tokens: int | None = None) -> int:
+    """Tokens whose logits are made at once."""
+    return chunk_tokens or max(16, CHUNK_LOGITS // vocab_size)
+
+
+class _ChunkedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TH, head, targets, labels_T, index, objective):
+        wide = torch.promote_types(hidden_TH.dtype, torch.float32)
+        kl_T, ce_T = hidden_TH.new_zeros(2, len(index), dtype=wide)
+        grad_TH = torch.zeros_like(hidden_TH) if ctx.needs_input_grad[0] else None
+        step = chunk_rows(head.weight.shape[0], objective.chunk_tokens)
+        with torch.autocast(hidden_TH.device.type, enabled=False):
+            for start in range(0, len(index), step):
+                part = slice(start, start + step)
+                rows = index[part]
+                logits = head.logits(hidden_TH[rows])
+                kl_T[part], ce_T[part], grad = _chunk(logits, head, targets, rows, labels_T, objective)
+                del logits
+                if grad_TH is not None:
+                    grad_TH[rows] = head.backward(grad).to(grad_TH.dtype)
+                del grad
+        ctx.save_for_backward(*([] if grad_TH is None else [grad_TH]))
+        kl, ce = kl_T.sum(), ce_T.sum()
+        ctx.mark_non_differentiable(kl, ce)
+        return objective.kl_weight * kl + objective.ce_weight * ce, kl, ce
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, *_):
+        (grad_TH,) = ctx.saved_tensors
+        return grad_TH * grad_loss.to(grad_TH.dtype), None, None, None, None, None
+
+
+def _chunk(logits, head, targets, rows, labels_T, objective) -> tuple[Tensor | float, Tensor | float, Tensor]:
+    slope = head.slope(logits)
+    kl = ce = 0.0
+    grads = []
+    if objective.ce_weight:
+        ce, grad = _cross_entropy(logits, labels_T[rows])
+        grads.append(grad.mul_(objective.ce_weight))
+    if objective.kl_weight:
+        kl, grad = targets.divergence(logits, rows, objective)
+        grads.append(grad.mul_(objective.kl_weight))
+    grad = grads[0] if len(grads) == 1 else grads[0].add_(grads[1])
+    return kl, ce, grad if isinstance(slope, float) and slope == 1 else grad.mul_(slope)
+
+
+def _cross_entropy(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
+    log_q = logits_nV.log_softmax(-1)
+    value = -log_q.gather(1, labels_n[:, None])[:, 0]
+    return value, log_q.exp_().scatter_add_(1, labels_n[:, None], -log_q.new_ones(len(log_q), 1))
+
+
+@torch.no_grad()
+def token_metrics(
+    student_hidden_TH: Tensor,
+    student_head: Head,
+    teacher_hidden_TH: Tensor | None,
+    teacher_head: Head | None,
+    labels_T: Tensor,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Per token: -log q[label] (T,), KL(p || q) (T,) and whether the likeliest tokens agree (T,) bool; by chunks.
+
+    Tokens labelled -100 have zeros. Without a teacher the last two are None.
+    """
+    index = (labels_T != IGNORE).nonzero().flatten()
+    wide = torch.promote_types(student_hidden_TH.dtype, torch.float32)
+    nll_T = student_hidden_TH.new_zeros(len(labels_T), dtype=wide)
+    kl_T, agree_T = torch.zeros_like(nll_T), torch.zeros_like(labels_T, dtype=torch.bool)
+    for rows in index.split(chunk_rows(student_head.weight.shape[0], chunk_tokens)):
+        log_q = _log_softmax_(student_head.logits(student_hidden_TH[rows]))
+        nll_T[rows] = -log_q.gather(1, labels_T[rows, None])[:, 0]
+        if teacher_hidden_TH is not None:
+            top_q = log_q.argmax(-1)
+            log_p = _log_softmax_(teacher_head.logits(teacher_hidden_TH[rows.to(teacher_hidden_TH.device)]).to(log_q))
+            agree_T[rows] = top_q == log_p.argmax(-1)
+            kl_T[rows] = forward_kl(log_p, log_q, 0)[0]
+            del log_p
+        del log_q
+    return (nll_T, None, None) if teacher_hidden_TH is None else (nll_T, kl_T, agree_T)
