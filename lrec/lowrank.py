@@ -1,0 +1,120 @@
+"""Closed-form adapters: the best low-rank correction of a quantized weight, before any training.
+
+Quantizing leaves a residual D = W - Wq. Of all matrices of rank r, the one that repairs most of the layer's output on
+the calibration inputs X minimises ||(D - BA) X||. With R = X X^T (plus damping) and any S with S S^T = R this norm is
+||(D - BA) S||, so BA S is the truncated SVD of D S, and BA = U_r U_r^T D, where U_r holds the leading left singular
+vectors of D S. Those are the leading eigenvectors of D R D^T, so neither a root of R nor its inverse is ever taken,
+and a singular R needs no care. QERA (2410.06040), CLoQ (2501.18475) and EoRA (2410.21271) are this solution written
+with different roots; LoftQ's and ZeroQuant-V2's plain SVD is R = I.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+
+
+def factor(
+    residual_NK: Tensor, rank: int, hessian_KK: Tensor | None = None, damping: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """(A, B), float32 (R, K) and (N, R), that minimise tr (D - BA) R (D - BA)^T with R = H + damping * mean(diag H) I.
+
+    Components are sorted, the most useful first, so the first r' of them are the answer for rank r' (Eckart-Young),
+    and each has ||a_r|| = ||b_r||, which makes the factors independent of the scale of H. Without a Hessian R = I:
+    plain SVD. Computed in float64, by an eigendecomposition of size min(N, K).
+
+    Raises ValueError for a rank that does not fit or tensors that are not finite.
+    """
+    N, K = residual_NK.shape
+    if not 1 <= rank <= min(N, K):
+        raise ValueError(f"rank = {rank} does not fit a weight of shape {(N, K)}; allowed: 1 to {min(N, K)}")
+    d_NK = residual_NK.double()
+    if hessian_KK is None:
+        r_KK = torch.eye(K, dtype=torch.float64, device=d_NK.device)
+    else:
+        h_KK = hessian_KK.to(d_NK)
+        r_KK = h_KK + damping * h_KK.diagonal().mean() * torch.eye(K, dtype=torch.float64, device=d_NK.device)
+    # A tall residual has rank K at most: in a basis of its columns' span the eigenproblem is of size K.
+    basis, core = torch.linalg.qr(d_NK) if N > K else (None, d_NK)
+    gram = core @ r_KK @ core.t()
+    if not gram.isfinite().all():
+        raise ValueError("the residual or the Hessian holds NaN or infinity; check the weight and the calibration data")
+    u = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+    u_NR = u if basis is None else basis @ u
+    a_RK = u_NR.t() @ d_NK
+    size_R = a_RK.norm(dim=1)
+    root_R = size_R.sqrt()
+    a_RK = a_RK * torch.where(size_R > 0, 1 / root_R, 0)[:, None]
+    return a_RK.float(), (u_NR * root_R).float()
+
+
+def initialise(model: nn.Module, factors: Factors, adapter_name: str = "default") -> None:
+    """Puts factors, by module name in the base model, into a peft LoRA model: scaling * B A becomes the closed form,
+    cut to the adapter's rank. Factors of layers without this adapter are left alone.
+
+    Raises ValueError naming all layers that have no factors, factors of another shape or of too small a rank, or an
+    adapter that is not plain LoRA; nothing is changed then.
+    """
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if adapter_name in getattr(module, "lora_A", {})
+    }
+    if not layers:
+        raise ValueError(f"the model has no LoRA adapter named {adapter_name!r}; call peft.get_peft_model first")
+    wrong = [
+        f"{name}: {reason}"
+        for name, layer in layers.items()
+        if (reason := _misfit(layer, adapter_name, factors.get(name)))
+    ]
+    if wrong:
+        raise ValueError(
+            "closed-form factors do not fit the adapters; quantize with another --init_rank, train with "
+            "another rank or targets, or start from zero:\n  " + "\n  ".join(wrong)
+        )
+    for name, layer in layers.items():
+        a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        root = layer.scaling[adapter_name] ** 0.5
+        with torch.no_grad():
+            a.copy_(factors[name][0][: a.shape[0]].float() / root)
+            b.copy_(factors[name][1][:, : a.shape[0]].float() / root)
+
+
+def _misfit(layer: nn.Module, adapter_name: str, pair: tuple[Tensor, Tensor] | None) -> str | None:
+    if pair is None:
+        return "no factors"
+    a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    found, shape = (pair[1].shape[0], pair[0].shape[1]), (b.shape[0], a.shape[1])
+    if found != shape:
+        return f"factors of a weight of shape {found}, but the layer is {shape}"
+    if pair[0].shape[0] < a.shape[0]:
+        return f"factors have rank {pair[0].shape[0]}, but the adapter {a.shape[0]}"
+    if adapter_name in getattr(layer, "lora_variant", {}):
+        return f"the adapter is {type(layer.lora_variant[adapter_name]).__name__}, not plain LoRA"
+    return None
+
+
+def save(factors: Factors, path: str | Path) -> None:
+    """Writes the factors as float16 safetensors, `<module>.lora_A` (R, K) and `<module>.lora_B` (N, R)."""
+    tensors = {}
+    for name, (a, b) in factors.items():
+        tensors |= {f"{name}.lora_A": a.half().contiguous(), f"{name}.lora_B": b.half().contiguous()}
+    save_file(tensors, path)
+
+
+def load(path: str | Path) -> Factors:
+    """What `save` wrote, as float16. Raises ValueError for a file that is missing, damaged or holds something else."""
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as low-rank factors ({error}); quantize again with --init_rank"
+        ) from error
+    names = sorted({key.rpartition(".")[0] for key in tensors})
+    if tensors.keys() != {f"{name}.{half}" for name in names for half in ("lora_A", "lora_B")}:
+        raise ValueError(f"{path} holds no pairs of lora_A and lora_B; it is not a file of low-rank factors")
+    return {name: (tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in names}
