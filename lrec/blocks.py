@@ -75,6 +75,7 @@ class Pass:
         batches = self.calibration.input_ids.split(self.settings.batch_size)
         states = [streamed.embed(ids) for ids in batches]
         calls = streamed.block_calls(batches[0])
+        streamed.free(None)
         for index in tqdm(
             range(len(streamed)), desc=f"quantize, {self.quantizer.bits} bits", unit="block", disable=None
         ):
@@ -105,9 +106,10 @@ class Pass:
         needs = self.quantizer.needs | {"hessian"}
         statistics = collect(block, groups, needs, lambda: [call(block, state) for state in states])
         rows, factors = [], {}
-        for group, seen in zip(groups, statistics, strict=True):
+        for group in groups:
+            seen = statistics.pop(0)
             for linear in group:
-                layer, w_NK = f"{name}.{linear}", linears[linear].weight.float()
+                layer, w_NK = f"{name}.{linear}", linears.pop(linear).weight.float()
                 packed = quantize_layer(layer, w_NK, self.quantizer, seen)
                 residual_NK = w_NK - packed.unpack()
                 rows.append(layer_row(layer, packed, residual_NK, w_NK, seen.hessian_KK))

@@ -71,9 +71,15 @@ class StreamedModel:
             raise ValueError(f"{self.directory} has no weights for {self.anatomy.name(index)}: {', '.join(missing)}")
         return self.blocks[index]
 
-    def free(self, index: int) -> None:
-        """Lets go of a block's weights."""
-        self.blocks[index].to("meta")
+    def free(self, index: int | None) -> None:
+        """Lets go of a block's weights, or with None of all that is in no block; then nothing embeds any more."""
+        if index is not None:
+            self.blocks[index].to("meta")
+            return
+        inside = {module for block in self.blocks for module in block.modules()}
+        for module in self.model.modules():
+            if module not in inside:
+                module._apply(lambda tensor: tensor.to("meta"), recurse=False)
 
     def stored(self, part: int | None) -> dict[str, Tensor]:
         """The checkpoint's own tensors of a block, or with None of all that is not a block, by model name."""
