@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lrec.losses import Head, token_metrics
+from lrec.head import Head
+from lrec.losses import token_metrics
 from lrec.nn import PackedLinear
 from lrec.teacher import final_hidden
 
@@ -39,15 +40,16 @@ def quality(model: nn.Module, input_ids: Tensor, teacher: Reference | None = Non
     batches = tqdm(input_ids.split(batch_size), desc="evaluate", unit="batch", disable=None, leave=False)
     for i, batch in enumerate(batches):
         hidden = predicting(model, batch)
-        target, target_head = (hidden, head) if teacher is None else (teacher.hidden[i], teacher.head)
-        metrics = token_metrics(hidden, head, target, target_head, batch[:, 1:].flatten().to(hidden.device))
-        sums += torch.stack([m.double().sum().cpu() for m in metrics])
+        target = (None, None) if teacher is None else (teacher.hidden[i], teacher.head)
+        metrics = token_metrics(hidden, head, *target, batch[:, 1:].flatten().to(hidden.device))
+        for k, metric in enumerate(metrics):
+            sums[k] += 0.0 if metric is None else metric.double().sum().cpu()
     num_tokens = input_ids[:, 1:].numel()
     nll, kl, agreement = (sums / num_tokens).tolist()
     if not math.isfinite(nll):
         raise ValueError(
             "the model's output is not finite on the evaluation text; "
-            "the checkpoint holds NaN or overflows in this dtype"
+            "the checkpoint holds NaN, or overflows in this dtype: try --dtype float32"
         )
     found = {"perplexity": math.exp(min(nll, 700.0)), "num_tokens": num_tokens}
     return found if teacher is None else found | {"kl": kl, "top1_agreement": agreement}

@@ -1,0 +1,202 @@
+"""The whole job by the command line on a tiny model: quantize, train, evaluate, export, and what goes wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from checks import assert_close, tiny_model
+from safetensors.torch import load_file
+
+from lrec import assembly, blocks, checkpoint
+from lrec.cli import main
+
+TEXT = "the quick brown fox jumps over the lazy dog while seven wizards box with a jovial yak. "
+CALIBRATION = ["--num_samples", "8", "--max_length", "32"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a full-precision model `M`, a text file, a packed model `Q` and an adapter `A` for it."""
+    place = tmp_path_factory.mktemp("cli")
+    tiny_model(place / "M")
+    (place / "text.txt").write_text(TEXT * 200)
+    assert (
+        run(place, "quantize", "--model", "M", "--bits", "2", "--group_size", "32", *CALIBRATION, "--output_dir", "Q")
+        == 0
+    )
+    training = ["--max_steps", "12", "--learning-rate", "5e-3", "--lora_r", "8", "--max_length", "32"]
+    assert run(place, "train", "--model", "Q", "--teacher", "M", *training, "--output_dir", "A") == 0
+    return place
+
+
+def run(place, verb, *words):
+    paths = {name: str(place / name) for name in ("M", "Q", "A", "O", "text.txt")}
+    words = [paths.get(word, word) for word in words]
+    if verb in ("quantize", "train", "evaluate") and "--dataset" not in words:
+        words += ["--dataset", paths["text.txt"]]
+    return main([verb, *words])
+
+
+def report(place, capsys, verb, *words):
+    capsys.readouterr()
+    assert run(place, verb, *words, "--json") == 0
+    out = capsys.readouterr().out
+    return json.loads(out)
+
+
+def test_correction_brings_the_model_nearer_to_the_teacher(place, capsys):
+    common = ("--teacher", "M", *CALIBRATION)
+    teacher = report(place, capsys, "evaluate", "--model", "M", *common)
+    packed = report(place, capsys, "evaluate", "--model", "Q", *common)
+    corrected = report(place, capsys, "evaluate", "--model", "Q", "--adapter", "A", *common)
+    assert teacher["kl"] < 1e-6 and teacher["top1_agreement"] == 1.0
+    assert corrected["kl"] < packed["kl"]
+    assert packed["num_tokens"] == 8 * 31
+    files = [*(place / "Q").glob("model-*.safetensors"), place / "A" / "adapter_model.safetensors"]
+    assert corrected["total_bytes"] == sum(path.stat().st_size for path in files)
+
+
+def test_inspect_tells_what_the_files_hold(place, capsys):
+    told = report(place, capsys, "inspect", "--model", "Q")
+    assert told["num_layers"] == len(told["layers"]) == 14
+    assert told["quantized_share"] == 1.0
+    stored = {}
+    for path in (place / "Q").glob("model-*.safetensors"):
+        stored |= load_file(path)
+    for row in told["layers"]:
+        held = [t for name, t in stored.items() if name.startswith(row["name"] + ".")]
+        assert row["bytes"] == sum(t.numel() * t.element_size() for t in held)
+
+
+def test_explain_names_a_kernel_for_every_layer(place, capsys):
+    told = report(place, capsys, "explain", "--model", "Q")
+    assert sum(row["layers"] for row in told["layers"] if row["rows"] == 1) == 14
+    assert all(row["kernel"] for row in told["layers"])
+
+
+def test_merged_loads_without_lrec_and_equals_base_plus_adapter(place, capsys):
+    shutil.rmtree(place / "O", ignore_errors=True)
+    assert run(place, "export", "--model", "Q", "--adapter", "A", "--format", "merged", "--output_dir", "O") == 0
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM; "
+        f"m = AutoModelForCausalLM.from_pretrained({str(place / 'O')!r}, dtype=torch.float32); "
+        "assert not any(n == 'lrec' or n.startswith('lrec.') for n in sys.modules); "
+        f"torch.save(m(torch.arange(32)[None]).logits, {str(place / 'logits.pt')!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    from lrec import load
+
+    model = load.model(str(place / "Q"), str(place / "A"))
+    with torch.no_grad():
+        expected = model(torch.arange(32)[None]).logits
+    assert_close(torch.load(place / "logits.pt"), expected, 1e-2, "bfloat16 merged logits")
+
+
+def test_exported_adapter_is_a_plain_peft_repository(place):
+    shutil.rmtree(place / "O", ignore_errors=True)
+    assert run(place, "export", "--model", "Q", "--adapter", "A", "--format", "adapter", "--output_dir", "O") == 0
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from lrec import load
+
+    ours = load.model(str(place / "Q"), str(place / "A"))
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "Q"), place / "O")
+    ids = torch.arange(32)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    assert checkpoint.read_json(place / "O" / "adapter_config.json")["base_model_name_or_path"] == str(place / "Q")
+
+
+def test_an_interrupted_pass_goes_on_to_the_same_bytes(place, tmp_path, monkeypatch):
+    words = ["--model", str(place / "M"), "--dataset", str(place / "text.txt"), "--group_size", "32", *CALIBRATION]
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert main(["quantize", *words, "--output_dir", str(straight)]) == 0
+    real = blocks.layer_row
+
+    def stop_in_the_second_block(layer, *rest):
+        if layer.startswith("model.layers.1."):
+            raise KeyboardInterrupt
+        return real(layer, *rest)
+
+    monkeypatch.setattr(blocks, "layer_row", stop_in_the_second_block)
+    assert main(["quantize", *words, "--output_dir", str(broken)]) == 130
+    assert (broken / assembly.PROGRESS).exists() and not (broken / "config.json").exists()
+    monkeypatch.undo()
+    assert main(["quantize", *words, "--bits", "3", "--output_dir", str(broken)]) == 2
+    assert main(["quantize", *words, "--output_dir", str(broken)]) == 0
+    names = {path.name for path in straight.iterdir()}
+    assert names == {path.name for path in broken.iterdir()}
+    for name in names - {assembly.REPORT}:
+        assert (straight / name).read_bytes() == (broken / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["quantise"], "Did you mean 'quantize'"),
+        (["quantize", "--model", "nowhere", "--output_dir", "x"], "nowhere"),
+        (["quantize", "--model", "M", "--output_dir", "Q"], "is not empty"),
+        (["quantize", "--model", "M", "--output_dir", "x", "--method", "gptw"], "Did you mean 'gptq'"),
+        (["quantize", "--model", "M", "--output_dir", "x", "--group_sizes", "64"], "Did you mean 'group_size'"),
+        (["quantize", "--model", "M", "--output_dir", "x", "--group_size", "100"], "q_proj.*group_size = 100"),
+        (["quantize", "--model", "M", "--output_dir", "x", "--max_length", "100000"], "tokens"),
+        (["quantize", "--model", "Q", "--output_dir", "x"], "already"),
+        (["evaluate", "--model", "Q", "--adapter", "M"], "is not a peft adapter"),
+        (["train", "--model", "Q", "--output_dir", "x"], "missing --teacher"),
+        (["inspect", "--model", "M"], "is not packed by lrec"),
+        (["export", "--model", "Q", "--format", "adapter", "--output_dir", "x"], "needs --adapter"),
+        (["export", "--model", "Q", "--format", "ggml", "--output_dir", "x"], "unknown export 'ggml'"),
+    ],
+)
+def test_wrong_input_is_one_message_and_exit_2(place, capsys, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert run(place, *words) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert __import__("re").search(message, told[-1]), told[-1]
+    assert told[-1].startswith("lrec")
+
+
+def test_nan_in_a_weight_names_the_layer(place, capsys, tmp_path):
+    shutil.copytree(place / "M", tmp_path / "nan")
+    path = tmp_path / "nan" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    checkpoint.write_tensors(path, tensors)
+    assert (
+        run(place, "quantize", "--model", str(tmp_path / "nan"), *CALIBRATION, "--output_dir", str(tmp_path / "x")) == 2
+    )
+    assert "model.layers.1.mlp.up_proj" in capsys.readouterr().err
+
+
+def test_an_altered_shard_is_refused_by_every_reader(place, capsys, tmp_path):
+    shutil.copytree(place / "Q", tmp_path / "Q")
+    path = next((tmp_path / "Q").glob("model-00001*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    words = ["--model", str(tmp_path / "Q")]
+    assert run(place, "evaluate", *words, *CALIBRATION) == 2
+    assert run(place, "export", *words, "--format", "merged", "--output_dir", str(tmp_path / "O")) == 2
+    assert capsys.readouterr().err.count("was altered") == 2
+
+
+def test_an_adapter_of_another_base_is_refused(place, capsys, tmp_path):
+    words = ["--model", "M", "--bits", "3", "--group_size", "32", *CALIBRATION, "--output_dir", str(tmp_path / "Q3")]
+    assert run(place, "quantize", *words) == 0
+    words = ["--model", str(tmp_path / "Q3"), "--adapter", "A"]
+    assert run(place, "evaluate", *words, *CALIBRATION) == 2
+    assert run(place, "export", *words, "--format", "merged", "--output_dir", str(tmp_path / "O")) == 2
+    assert capsys.readouterr().err.count("was made for a base with packed weights") == 2
+
+
+def test_help_lists_verbs_and_settings(capsys):
+    assert main([]) == 0
+    assert "quantize" in capsys.readouterr().out
+    assert main(["quantize", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "--group_size" in told and "--init_rank" in told
