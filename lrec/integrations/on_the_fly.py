@@ -1,4 +1,4 @@
-"""Packing a full-precision checkpoint while transformers loads it, one weight at a time, by a quantizer without data."""
+"""Packing a full-precision checkpoint while transformers loads it, weight by weight, by a quantizer without data."""
 
 import dataclasses
 from collections.abc import Container
@@ -89,7 +89,10 @@ class PackWeight(ConversionOps):
         linear = model.get_submodule(name)
         if w_NK.shape != linear.weight.shape:
             raise ValueError(f"the checkpoint has {tuple(w_NK.shape)}, the model {tuple(linear.weight.shape)}")
-        layer = PackedLinear(self.quantizer(w_NK), linear.bias, linear.weight.dtype)
+        layer = PackedLinear(self.quantizer(w_NK), dtype=linear.weight.dtype)
+        # The same parameter, not a new one: a bias read before its weight bears transformers' mark of what was loaded,
+        # as the buffers must, or else both are initialised anew.
+        layer.bias = linear.bias
         for buffer in layer.buffers():
             buffer._is_hf_initialized = True
         model.set_submodule(name, layer)

@@ -31,9 +31,9 @@ class LoraPackedLinear(LoraLinear):
         """Adds an adapter. Raises ValueError for an `init_lora_weights` that rewrites the base weight."""
         if config.init_lora_weights not in INITS:
             raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r} subtracts the adapter from the base weight, but that is "
-                f"packed and stays as it is; allowed: {', '.join(map(repr, INITS))}. To start from what quantizing lost, "
-                "keep True and load factors from lrec.lowrank into the adapter."
+                f"init_lora_weights={config.init_lora_weights!r} subtracts the adapter from the base weight, but that "
+                f"is packed and stays as it is; allowed: {', '.join(map(repr, INITS))}. To start from what quantizing "
+                "lost, keep True and copy factors from lrec.lowrank into the adapter."
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
@@ -129,7 +129,7 @@ def register() -> None:
         ]
         if lost:
             raise ValueError(
-                f"only LoRA merges into packed layers, and only by merge_and_unload(); here are {', '.join(lost[:3])} and "
+                f"only LoRA can be merged on packed layers, but here are {', '.join(lost[:3])} and "
                 f"{max(len(lost) - 3, 0)} more. Call dequantize() of the base model first, or keep the adapter apart."
             )
         check(self)

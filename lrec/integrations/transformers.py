@@ -143,7 +143,7 @@ class LrecHfQuantizer(HfQuantizer):
             "base_revision": getattr(model.config, "_commit_hash", None),
         }
         self.quantization_config.meta = origin | {"versions": versions, "bits_per_weight": bits_per_weight(layers)}
-        self.quantization_config.layers = group_by_spec(layers)
+        self.quantization_config.layers = group_by_spec({name: layer.spec for name, layer in layers.items()})
 
     def get_state_dict_and_metadata(self, model):
         """What `save_pretrained` is to write: all of it. First brings the config in line with the model's layers.
@@ -158,20 +158,21 @@ class LrecHfQuantizer(HfQuantizer):
                 "this base model carries peft adapters; save them by `save_pretrained` of the peft model, or call its "
                 "`unload()` or `merge_and_unload()` first and save what that returns"
             )
-        held = self.quantization_config
+        held, specs = self.quantization_config, {name: layer.spec for name, layer in layers.items()}
         if not layers:
             self.remove_quantization_config(model)
-        elif sorted(layers) != sorted(name for group in held.layers for name in group["modules"]):
-            # Some layers have become dense, so that the identity of the packed weights no longer holds either.
-            held.meta = {k: v for k, v in held.meta.items() if k != "packed_sha256"}
+        elif {name: group["spec"] for group in held.layers for name in group["modules"]} != specs:
+            # Some layers were replaced, so that the identity of the packed weights no longer holds either.
+            held.meta = {key: value for key, value in held.meta.items() if key != "packed_sha256"}
             held.meta["bits_per_weight"] = bits_per_weight(layers)
-            held.layers = group_by_spec(layers)
+            held.layers = group_by_spec(specs)
         return None, {}
 
     def _quantizer(self):
         return quantizer_of(self.quantization_config.method, self.quantization_config.settings)
 
     def _dequantize(self, model, dtype=None):
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a name once the model has been saved
         for name, layer in packed_layers(model).items():
             model.set_submodule(name, layer.to_dense(dtype))
         # Buffers keep their dtype: rotary frequencies are float32 in every model.
@@ -185,11 +186,11 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
-def group_by_spec(layers: dict[str, PackedLinear]) -> list[dict]:
-    """`layers` of a config: each distinct spec once, with the names of its modules, in the model's order."""
+def group_by_spec(specs: dict[str, dict]) -> list[dict]:
+    """`layers` of a config, from each module's spec: the distinct specs with the names of their modules, in order."""
     groups: dict[str, dict] = {}
-    for name, layer in layers.items():
-        groups.setdefault(layer.key, {"spec": layer.spec, "modules": []})["modules"].append(name)
+    for name, spec in specs.items():
+        groups.setdefault(formats.spec_key(spec), {"spec": spec, "modules": []})["modules"].append(name)
     return list(groups.values())
 
 
