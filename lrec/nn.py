@@ -8,7 +8,8 @@ buffer's device), so they are saved, loaded and moved like any others, and never
 import torch
 from torch import Tensor, nn
 
-from lrec import formats, kernels
+import lrec.kernels  # noqa: F401  defines the op lrec::matmul
+from lrec import formats
 from lrec.formats import Packed
 
 
@@ -39,10 +40,17 @@ class PackedLinear(nn.Linear):
         return self.packed.unpack().to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x of shape (..., K) to (..., N), in x's dtype, or in that of an enclosing autocast as `nn.Linear` does."""
+        """x of shape (..., K) to (..., N), in x's dtype, or in that of an enclosing autocast as `nn.Linear` does.
+
+        Raises ValueError if x does not fit the weight.
+        """
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = kernels.apply(x, self._tensors(), self.key)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x has {x.shape[-1]} columns, but the packed layer has {self.in_features} inputs")
+        # Not `kernels.apply`: it parses the key, which torch.compile cannot trace.
+        y = torch.ops.lrec.matmul(x.reshape(-1, self.in_features), self._tensors(), self.key, False)
+        y = y.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantize(self) -> Tensor:
