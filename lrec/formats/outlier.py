@@ -7,7 +7,7 @@ weight are close to uniform, so gaps in symbols of b bits cost little more than 
     index bits per weight = gamma * b * (1 + 1 / (e^(gamma * (2^b - 1)) - 1)),   0.313 at gamma = 5 %, b = 6.
 
 The stream starts anew every `tile` weights of the flattened matrix, and `starts` says where: tiles decode in parallel,
-each by one prefix sum, whatever K is. (Starts per row would cost 0.056 bits per weight at K = 576; these cost 0.004.)
+each by one prefix sum, whatever K is. (Starts per row would cost 0.056 bits per weight at K = 576; these cost 0.002.)
 """
 
 import math
@@ -20,7 +20,7 @@ from lrec.formats import Packed, pack_codes, unpack_codes
 
 WIDTHS = (2, 3, 4)
 INDEX_BITS = (4, 5, 6, 7)
-TILE = 8192
+TILE = 16384
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
