@@ -119,12 +119,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return (
-        _matmul(grad.contiguous(), list(ctx.saved_tensors), ctx.spec, not ctx.transpose),
-        [None] * len(ctx.saved_tensors),
-        None,
-        None,
-    )
+    # Under gradient checkpointing saved tensors may be unpacked once only.
+    tensors = list(ctx.saved_tensors)
+    return _matmul(grad.contiguous(), tensors, ctx.spec, not ctx.transpose), [None] * len(tensors), None, None
 
 
 _matmul.register_autograd(_backward, setup_context=_setup_context)
