@@ -19,6 +19,7 @@ FLOORS = [
     "blocks trainer evaluate export report",
     "recipe",
     "cli",
+    "__main__",
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))
