@@ -39,10 +39,12 @@ def path(split: str = "train") -> Path:
 
 
 def _write_splits(dump: Path, folder: Path) -> None:
-    with (folder / "train.jsonl").open("w") as train, (folder / "test.jsonl").open("w") as test:
-        for title, markup in _pages(dump):
-            line = json.dumps({"title": title, "text": _plain(markup)}, ensure_ascii=False)
-            print(line, file=test if title in TEST else train)
+    lines = {split: [] for split in SPLITS}
+    for title, markup in _pages(dump):
+        article = {"title": title, "text": _plain(markup)}
+        lines["test" if title in TEST else "train"].append(json.dumps(article, ensure_ascii=False) + "\n")
+    for split in SPLITS:
+        (folder / f"{split}.jsonl").write_text("".join(lines[split]), encoding="utf-8")
 
 
 def _pages(dump: Path) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,8 @@
 A dataset is named as
     FILE.txt | FILE.jsonl | FILE.parquet     a file; a .txt file is one document
     NAME[:SPLIT]                             a script of the `data/` folder (`wikipedia:test`), run on first use
-    OWNER/NAME[[:CONFIG]:SPLIT]              from the Hugging Face Hub (`Salesforce/wikitext:wikitext-2-raw-v1:test`)
+    OWNER/NAME[[:CONFIG]:SPLIT]              from the Hugging Face Hub (`Salesforce/wikitext:wikitext-2-raw-v1:test`);
+                                             of a split like `train[:20000]`, those rows alone are fetched
 A model is named as a folder, a script of the `data/` folder that makes one (`smollm2`), or a Hub id.
 Only safetensors, JSON and tokenizer files of a model are ever fetched: nothing that could run code.
 """
@@ -13,7 +14,6 @@ import itertools
 import json
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,25 +27,9 @@ SECOND_COPIES = ["*/*", "consolidated*"]
 HUB_MODEL = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # One part after the id is the split, not the configuration; a split may be sliced: `train[:1000]`.
 HUB_DATASET = re.compile(rf"({HUB_MODEL.pattern})(?::([^:\[]+))??(?::([^:\[]+(?:\[.*\])?))?")
+ROWS = re.compile(r"(\w+)\[(\d*):(\d+)\]")
 # How the two kinds of data script begin their one public function.
 MODEL_SCRIPT, TEXT_SCRIPT = "\ndef path() ", "\ndef path(split"
-
-
-@dataclass(frozen=True)
-class TextSettings:
-    """Which text, and how much of it: `num_samples` windows of `max_length` tokens, None for all.
-
-    seed draws the windows at random; None takes them evenly spaced, so that an evaluation has no chance in it.
-    """
-
-    dataset: str
-    num_samples: int | None = 128
-    max_length: int = 2048
-    seed: int | None = 0
-
-    def windows(self, tokenizer) -> Tensor:
-        """Token ids (num_samples, max_length); see `windows`."""
-        return windows(documents(self.dataset), tokenizer, self.max_length, self.num_samples, self.seed)
 
 
 def documents(dataset: str) -> list[str]:
@@ -112,12 +96,9 @@ def windows(
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{type(tokenizer).__name__} has no EOS token to put between documents; set its eos_token.")
-    # The whole text is one stream, so documents longer than the model's context are no cause for a warning.
-    batch = (
-        tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        if texts
-        else []
-    )
+    # Not verbose: documents longer than the model's context are no cause for a warning, they are cut below.
+    plain = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    batch = tokenizer(texts, **plain)["input_ids"] if texts else []
     ids = torch.tensor(list(itertools.chain.from_iterable([*document, tokenizer.eos_token_id] for document in batch)))
     stride = stride or length
     num_windows = max(0, (len(ids) - length) // stride + 1)
@@ -151,7 +132,7 @@ def _scripts(kind: str) -> dict[str, Path]:
     """Data scripts of a kind by name: files of ./data, or else of the `data/` beside the package, that contain it."""
     folders = [Path(__file__).resolve().parents[1] / "data", Path.cwd() / "data"]
     files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
-    return {file.stem: file for file in files if kind in file.read_text()}
+    return {file.stem: file for file in files if kind in file.read_text(encoding="utf-8")}
 
 
 def _file_documents(path: Path) -> list[str]:
@@ -159,17 +140,31 @@ def _file_documents(path: Path) -> list[str]:
     import pyarrow.parquet
 
     if path.suffix == ".txt":
-        return [path.read_text()]
+        return [path.read_text(encoding="utf-8")]
     if path.suffix == ".parquet":
         return _texts(pyarrow.parquet.read_table(path), str(path))
-    with path.open() as lines:
-        return _texts(pyarrow.Table.from_pylist([json.loads(line) for line in lines if line.strip()]), str(path))
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: {error}. A .jsonl file has one JSON object a line."
+                ) from error
+    return _texts(pyarrow.Table.from_pylist(rows), str(path))
 
 
 def _hub_documents(name: str, config: str, split: str) -> list[str]:
+    import pyarrow
     from datasets import load_dataset
 
     try:
+        if rows := ROWS.fullmatch(split):
+            # Streamed, because a slice of C4 must not fetch its 300 GB.
+            first, last = int(rows[2] or 0), int(rows[3])
+            dataset = load_dataset(name, config or None, split=rows[1], streaming=True)
+            return _texts(pyarrow.Table.from_pylist(list(dataset.skip(first).take(last - first))), name)
         dataset = load_dataset(name, config or None, split=split or "train")
     except OSError as error:
         raise _not_fetched("dataset", name, error) from error
@@ -188,9 +183,9 @@ def _hub_model(name: str, revision: str | None) -> Path:
 
 
 def _not_fetched(what: str, name: str, error: OSError) -> ValueError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return ValueError(
-        f"{what} {name!r} is nothing in {Path.cwd()}, and the Hugging Face Hub did not give it: {reason} Check the "
+        f"{what} {name!r} is nothing in {Path.cwd()}, and the Hugging Face Hub did not give it: {reason}. Check the "
         "spelling, the network and, if it is gated, `hf auth login`."
     )
 

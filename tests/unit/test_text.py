@@ -3,6 +3,7 @@
 import json
 import sys
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -68,12 +69,6 @@ def test_windows_need_a_token_between_documents(tokenizer):
         text.windows([numbers(1, 10)], bare, 4)
 
 
-def test_settings_read_the_file_they_name(tokenizer, tmp_path):
-    (tmp_path / "a.txt").write_text(numbers(1, 20))
-    settings = text.TextSettings(str(tmp_path / "a.txt"), num_samples=2, max_length=5, seed=None)
-    assert settings.windows(tokenizer).tolist() == [[1, 2, 3, 4, 5], [11, 12, 13, 14, 15]]
-
-
 def test_documents_of_every_file_kind(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ndocument")
     rows = [{"title": "t", "text": "first"}, {"title": "u", "text": " \n"}, {"title": "v", "text": "sécond"}]
@@ -88,6 +83,12 @@ def test_documents_of_every_file_kind(tmp_path):
 def test_documents_of_an_unclear_table_name_its_columns(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "q", "answer": "a", "id": 1}))
     with pytest.raises(ValueError, match="columns question, answer, id, of which strings: question, answer"):
+        text.documents(str(tmp_path / "a.jsonl"))
+
+
+def test_documents_of_a_broken_file_name_the_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: .*one JSON object a line"):
         text.documents(str(tmp_path / "a.jsonl"))
 
 
@@ -115,23 +116,23 @@ def test_a_script_in_the_working_folder_makes_a_dataset(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "asked"),
+    ("dataset", "asked", "found"),
     [
-        ("owner/set", ("owner/set", None, "train")),
-        ("owner/set:test", ("owner/set", None, "test")),
-        ("owner/set:train[:10%]", ("owner/set", None, "train[:10%]")),
-        ("owner/set:raw-v1:test[5:]", ("owner/set", "raw-v1", "test[5:]")),
+        ("owner/set", ("owner/set", None, "train", False), list("abcd")),
+        ("owner/set:test", ("owner/set", None, "test", False), list("abcd")),
+        ("owner/set:train[:10%]", ("owner/set", None, "train[:10%]", False), list("abcd")),
+        ("owner/set:train[:2]", ("owner/set", None, "train", True), list("ab")),
+        ("owner/set:raw-v1:test[1:3]", ("owner/set", "raw-v1", "test", True), list("bc")),
     ],
 )
-def test_hub_datasets_are_asked_for_by_id_configuration_and_split(monkeypatch, dataset, asked):
-    import datasets
-
-    def load_dataset(name, config, split):
-        assert (name, config, split) == asked
-        return datasets.Dataset.from_dict({"text": ["hello", ""]})
+def test_hub_datasets_are_asked_for_by_id_configuration_and_split(monkeypatch, dataset, asked, found):
+    def load_dataset(name, config, split, streaming=False):
+        assert (name, config, split, streaming) == asked
+        table = datasets.Dataset.from_dict({"text": list("abcd")})
+        return table.to_iterable_dataset() if streaming else table
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert text.documents(dataset) == ["hello"]
+    assert text.documents(dataset) == found
 
 
 def test_what_the_hub_does_not_give_is_an_error_that_says_what_was_tried():
