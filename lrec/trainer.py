@@ -1,0 +1,196 @@
+"""Correction: a LoRA on the quantized model, trained until it says what the full-precision model says.
+
+trl owns the loop, the data and the checkpoints; here is only what differs from supervised fine-tuning: the loss, which
+asks a teacher for targets and never makes the logits of a batch, and the refusal to go on from a loss or a gradient
+that is not finite. Text, conversations, packing and data sets of ready `input_ids` work as in trl's SFTTrainer, which
+also sends an anonymous usage count unless HF_HUB_DISABLE_TELEMETRY=1 or HF_HUB_OFFLINE=1.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from lrec.head import Head, output_layer, verify_head
+from lrec.losses import DIVERGENCES, Objective, divergence, shift_labels
+from lrec.teacher import LiveTeacher, Teacher, final_hidden
+
+
+@dataclass
+class LrecConfig(SFTConfig):
+    """How a correction is trained: trl's SFTConfig with the loss added, and defaults that suit 2-bit models.
+
+    `loss_type` and `label_smoothing_factor` have no meaning here. bf16 autocast is on where a GPU supports it, and off
+    on CPUs. Raises ValueError for a loss that is out of range, see `lrec.losses.Objective`.
+    """
+
+    kl_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence between teacher and student."})
+    ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy with the data's own tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Divides both models' logits in the divergence."})
+    divergence: str = field(
+        default="forward_kl",
+        metadata={"help": "KL(teacher || student), KL(student || teacher), or jsd.", "choices": list(DIVERGENCES)},
+    )
+    beta: float = field(default=0.5, metadata={"help": "The teacher's share in the mixture of jsd."})
+    loss_chunk_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens whose logits are made at once (none: 16 MB of them)."}
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "The peak learning rate of the adapters."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up, in steps, or below 1 as a share of them."})
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "Packed weights are buffers: broadcasting sends all of them every step."}
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        super().__post_init__()
+        self.objective()
+
+    def objective(self) -> Objective:
+        """The part of this that is the loss."""
+        weights = {"kl_weight": self.kl_weight, "ce_weight": self.ce_weight}
+        return Objective(self.divergence, self.beta, self.temperature, **weights, chunk_tokens=self.loss_chunk_tokens)
+
+
+class LrecTrainer(SFTTrainer):
+    """trl's SFTTrainer with the loss of `lrec.losses` per target token, against a teacher.
+
+    model: a peft model, or a model with `peft_config`; teacher: a `Teacher`, or a model, which becomes a live one; None
+    only for kl_weight = 0. All else as in SFTTrainer. Logs `kl` and, where it has a weight, `ce`, means over tokens.
+
+    Raises ValueError for a model without trainable adapters, with a trained head, or with another vocabulary than the
+    teacher's; and during training, before anything is saved, when a loss or a gradient is not finite.
+    """
+
+    _tag_names: ClassVar[list[str]] = ["lrec", "trl", "peft"]
+    _name = "LREC"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: LrecConfig | None = None,
+        teacher: Teacher | nn.Module | None = None,
+        **kwargs: Any,
+    ):
+        args = args if args is not None else LrecConfig("lrec-adapter")
+        if teacher is None and args.kl_weight:
+            raise ValueError("kl_weight > 0 needs teacher=, the full-precision model; pass it, or set kl_weight=0")
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError(
+                "compute_metrics needs logits, which are never made; use lrec.evaluate on the trained model"
+            )
+        super().__init__(model, args, **kwargs)
+        self.add_callback(_FiniteGradients())
+        # Counts target tokens over a whole optimizer step for any model, whatever its forward accepts.
+        self.model_accepts_loss_kwargs = True
+        self.objective = args.objective()
+        self._check_trainable()
+        verify_head(self.model, Head.of(self.model))
+        self.teacher = LiveTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        if self.teacher is not None:
+            self._check_vocabulary()
+            self.teacher.to(self.accelerator.device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean of L over target tokens: those of the whole optimizer step if `num_items_in_batch` tells them."""
+        batch = {name: value for name, value in inputs.items() if name != "labels"}
+        targets = self.teacher.targets(batch) if self.objective.kl_weight else None
+        hidden = final_hidden(model, **batch).flatten(0, 1)
+        total = divergence(hidden, Head.of(self.model), targets, shift_labels(inputs["labels"]), self.objective)
+        means = self._record(total, batch)
+        if num_items_in_batch is None:
+            loss = total.loss / max(total.num_tokens, 1)
+        else:
+            loss = total.loss / torch.as_tensor(num_items_in_batch, device=total.loss.device).clamp(min=1)
+            if self.args.average_tokens_across_devices:
+                # The count is over all processes, and DDP averages gradients over them.
+                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, means) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss alone: logits are never made."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def _record(self, total, batch: dict[str, Tensor]) -> dict[str, float]:
+        mode = "train" if self.model.training else "eval"
+        seen = total.kl.new_tensor([total.num_tokens, batch["input_ids"].numel()])
+        kl, ce, num_tokens, num_seen = self.accelerator.reduce(torch.stack([total.kl, total.ce, *seen])).tolist()
+        if not math.isfinite(kl + ce):
+            raise ValueError(self._where_not_finite(batch))
+        means = {"kl": kl / max(num_tokens, 1)} if self.objective.kl_weight else {}
+        if self.objective.ce_weight:
+            means["ce"] = ce / max(num_tokens, 1)
+        for name, value in means.items():
+            self._metrics[mode][name].append(value)
+        self._total_train_tokens += int(num_seen) // self._tp_size if mode == "train" else 0
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        return means
+
+    def _where_not_finite(self, batch: dict[str, Tensor]) -> str:
+        models = {"the model": self.model, "the teacher": getattr(self.teacher, "model", None)}
+        found = [(who, name) for who, m in models.items() if m is not None and (name := first_not_finite(m, batch))]
+        where = (
+            f"the first output that is not finite is that of {found[0][1]} in {found[0][0]}" if found else "in the loss"
+        )
+        return (
+            f"the loss is not finite at step {self.state.global_step + 1}: {where}; training stopped and nothing was "
+            "saved since the last checkpoint. If it is the first step, check the weights; else lower learning_rate"
+        )
+
+    def _check_trainable(self) -> None:
+        if any(p.requires_grad for p in output_layer(self.model).parameters()):
+            raise ValueError(
+                "the head is trainable, but only adapters are trained: pass peft_config=, or freeze the base"
+            )
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError("nothing is trainable: pass peft_config=, or a peft model loaded with is_trainable=True")
+
+    def _check_vocabulary(self) -> None:
+        vocab_size = Head.of(self.model).weight.shape[0]
+        if self.teacher.vocab_size != vocab_size:
+            raise ValueError(
+                f"the teacher has {self.teacher.vocab_size} logits and the model {vocab_size}; "
+                "use the model that this one was quantized from"
+            )
+
+
+class _FiniteGradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        # Under fp16 the gradient scaler skips such steps by itself.
+        grads = [] if args.fp16 else [p.grad for p in model.parameters() if p.grad is not None]
+        if grads and not torch.stack([g.isfinite().all() for g in grads]).all():
+            raise ValueError(
+                f"the gradient is not finite at step {state.global_step + 1}; training stopped and nothing was saved "
+                "since the last checkpoint. Lower learning_rate, or train in bf16 or fp32"
+            )
+
+
+@torch.no_grad()
+def first_not_finite(model: nn.Module, batch: dict[str, Tensor]) -> str | None:
+    """Name of the first module to run whose output holds NaN or infinity; None if there is none."""
+    found: list[str] = []
+
+    def hook_for(name):
+        def hook(module, args, output):
+            tensors = torch.utils._pytree.tree_leaves(output)
+            if not all(t.isfinite().all() for t in tensors if isinstance(t, Tensor) and t.is_floating_point()):
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in model.named_modules()]
+    try:
+        final_hidden(model, **batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
