@@ -1,7 +1,7 @@
 # make demo    quantize, correct and measure a real 135M model, from a fresh clone
 # make test    all tests that need no GPU
 # make lint    ruff
-# make gpu     GPU tests and benches; says so and stops where there is no NVIDIA GPU
+# make gpu     GPU tests; says so and stops where there is no NVIDIA GPU
 # make clean   removes .venv and what was built (fetched data stay in data/cache)
 #
 # An environment that is there already: make test PYTHON=python3
@@ -36,8 +36,7 @@ gpu: $(READY)
 		echo "skip: no NVIDIA GPU on this machine"; \
 	else \
 		$(PYTHON) -c "import torch; print(torch.cuda.get_device_name(), torch.ones(1).cuda().item())" && \
-		$(PYTHON) -m pytest -q -m gpu tests/gpu && \
-		$(PYTHON) -m lrec.cli bench; \
+		$(PYTHON) -m pytest -q -m gpu tests/gpu; \
 	fi
 
 clean:
