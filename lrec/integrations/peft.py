@@ -63,8 +63,12 @@ class LoraPackedLinear(LoraLinear):
         merged, self.base_layer = self.base_layer, base
         return merged.to(base.dtype)
 
+    # For both of these peft would ask `weight`, and so decode it.
+
+    def _get_in_out_features(self, module):
+        return module.in_features, module.out_features
+
     def _get_base_layer_device_and_dtype(self, base_layer):
-        # peft would ask `weight`, and so decode it.
         if isinstance(base_layer, PackedLinear):
             return base_layer.qweight.device, base_layer.dtype
         return super()._get_base_layer_device_and_dtype(base_layer)
