@@ -59,7 +59,7 @@ def test_checkpointing_changes_no_gradient(dense_dir, kwargs, before_adapters):
     else:
         model = lrec.prepare_model_for_training(attach(model), gradient_checkpointing_kwargs=kwargs)
     blocks, calls = model.base_model.model.model.layers, []
-    blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     actual = gradients(model)
     assert len(calls) == 2, "the block runs again in backward"
     assert actual.keys() == expected.keys() and len(actual) == 28
