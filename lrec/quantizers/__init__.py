@@ -1,0 +1,239 @@
+"""From a weight and the statistics of its inputs to a packed weight.
+
+A quantizer is one frozen dataclass in one file of this folder: its fields are its settings, `needs` names the
+statistics it wants, and `quantize` is a pure function of tensors (no model, no device, no printing). What several
+quantizers of the uniform format share, the search of the grid above all, stands here.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lrec import registry
+from lrec.formats import Packed, uniform
+from lrec.formats.uniform import Uniform
+from lrec.statistics import Statistics
+
+# What the mse search tries, in this order: clip ratios (the full range first, so that it wins a tie), zero points
+# shifted by that many steps either way, and rounds of refitting the scale (and a float zero) to the codes.
+CLIP_RATIOS = tuple(1 - 0.09 * i for i in range(8))
+ZERO_SHIFTS = {"middle": (), "int": (1, -1), "float": (0.25, -0.25)}
+REFITS = 3
+# Rows are searched in slices of about this many weights, so that the trials stay inside the cache.
+SLICE_WEIGHTS = 2**17
+# A float zero beyond this many steps would lose its fraction in fp16; steps are widened to stay below half of it.
+ZERO_LIMIT = 2048
+
+
+def setting(default, help: str):
+    """A settings field: its default, and the help text that the command line shows for its flag."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizer:
+    """Settings of a quantizer; calling it with a weight returns the packed weight."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    bits: int = setting(2, "bits per code")
+
+    def __call__(self, w_NK: Tensor, statistics: Statistics | None = None) -> Packed:
+        """The packed weight of `w_NK`, on its device; computed in float32, or in float64 for a float64 weight.
+
+        Raises ValueError if the weight is not a finite matrix, lacks the statistics that `needs` names, or is
+        refused by the method.
+        """
+        if w_NK.ndim != 2 or not w_NK.numel():
+            raise ValueError(f"the weight has shape {tuple(w_NK.shape)}; quantizers take a matrix (N out, K in)")
+        bad = int((~w_NK.isfinite()).sum())
+        if bad:
+            raise ValueError(
+                f"{bad} of {w_NK.numel()} weights are NaN or infinite; only finite weights can be quantized: "
+                "check the checkpoint they come from"
+            )
+        self._check_statistics(w_NK.shape[1], statistics)
+        wide = w_NK.dtype if w_NK.dtype == torch.float64 else torch.float32
+        return self.quantize(w_NK.detach().to(wide), statistics)
+
+    def quantize(self, w_NK: Tensor, statistics: Statistics | None) -> Packed:
+        """What a method defines: finite float32 or float64 weights and the statistics it needs to a packed weight."""
+        raise NotImplementedError
+
+    def _check_statistics(self, K: int, statistics: Statistics | None) -> None:
+        for need in sorted(self.needs):
+            name = {"hessian": "hessian_KK", "maxima": "maxima_K"}[need]
+            held = getattr(statistics, name, None)
+            if held is None:
+                raise ValueError(
+                    f"{type(self).__name__} needs the {need} of the layer's inputs, but none was given; "
+                    "collect it over calibration tokens with lrec.statistics.Collector"
+                )
+            if held.shape[0] != K:
+                raise ValueError(f"the {need} is of {held.shape[0]} input channels, but the weight has {K}")
+
+
+Base = Quantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformQuantizer(Quantizer):
+    """What quantizers to the `uniform` format share: the shape of the grid, and how its steps are chosen."""
+
+    bits: int = setting(2, f"bits per code: {', '.join(map(str, uniform.WIDTHS))}")
+    group_size: int = setting(64, "columns that share a scale and zero, 16 or more; 0 for the whole row")
+    symmetric: bool = setting(False, "fix the zero point at the middle code 2^(bits-1) and store none")
+    zero_point: str = setting("int", "how zero points are stored: int (in `bits` bits) or float (fp16)")
+    scale_search: str = setting("mse", "how scales are chosen: minmax (full range) or mse (search of a clipped range)")
+
+    def __post_init__(self):
+        if self.bits not in uniform.WIDTHS:
+            raise ValueError(f"bits = {self.bits} is not offered; allowed: {', '.join(map(str, uniform.WIDTHS))}")
+        if self.zero_point not in ("int", "float"):
+            raise ValueError(registry.nearest(self.zero_point, ("int", "float"), "zero_point"))
+        if self.scale_search not in ("minmax", "mse"):
+            raise ValueError(registry.nearest(self.scale_search, ("minmax", "mse"), "scale_search"))
+        if self.symmetric and self.zero_point == "float":
+            raise ValueError("a symmetric grid stores no zero point, so it cannot be float; leave out one of the two")
+
+    def grid(self, w_NK: Tensor, weight_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`find_grid` by these settings. Raises ValueError if the group size does not fit K."""
+        K = w_NK.shape[1]
+        group_size = self.group_size or K
+        uniform.check(self.bits, group_size, K)
+        zero_point = "middle" if self.symmetric else self.zero_point
+        return find_grid(w_NK, self.bits, group_size, zero_point, weight_K, self.scale_search)
+
+    def pack(self, codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> Uniform:
+        """The packed weight of codes on a grid that `grid` returned."""
+        if self.symmetric:
+            stored = None
+        else:
+            stored = zero_NG.to(torch.uint8) if self.zero_point == "int" else zero_NG
+        return Uniform.pack(codes_NK, scale_NG, stored, self.bits, self.group_size)
+
+
+def encode(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """The nearest codes, clamp(round(w / scale + zero), 0, 2^bits - 1), as floats of w's dtype."""
+    return torch.addcdiv(zero, w, scale).round_().clamp_(0, 2**bits - 1)
+
+
+def per_column(grid_NG: Tensor, K: int, group_size: int, dtype: torch.dtype) -> Tensor:
+    """A grid's scales or zeros spread over the columns, (N, K) in `dtype`."""
+    return grid_NG.to(dtype).repeat_interleave(group_size or K, 1)[:, :K]
+
+
+def find_grid(
+    w_NK: Tensor, bits: int, group_size: int, zero_point: str, weight_K: Tensor | None = None, search: str = "mse"
+) -> tuple[Tensor, Tensor]:
+    """scale_NG and zero_NG, both float16, exactly as they are stored, of the grid scale * (code - zero) of each group.
+
+    `zero_point` is "middle" (2^(bits-1)), "int" (0 to 2^bits - 1) or "float". With search "minmax" the grid spans the
+    group's range (and zero, unless float); "mse" minimises, from there on,
+        sum over the group's columns k of weight_K[k] * (w - scale * (encode(w) - zero))^2,
+    weight_K being ones if not given; every trial is scored with the rounded values that are stored, so the result is
+    never worse than minmax by that sum. A group of zeros gets scale 1 and decodes to exact zeros.
+
+    Raises ValueError if a scale exceeds fp16.
+    """
+    N, K = w_NK.shape
+    pad = -K % group_size
+    if weight_K is None:
+        weight_K = w_NK.new_ones(K)
+    # A short last group is filled up with columns that neither widen its range nor weigh anything.
+    weight_GC = torch.nn.functional.pad(weight_K.to(w_NK), (0, pad)).view(-1, group_size)
+    step = max(1, SLICE_WEIGHTS // K)
+    found = []
+    for rows_NK in w_NK.split(step):
+        w_NGC = torch.cat([rows_NK, rows_NK[:, -1:].expand(-1, pad)], 1).view(-1, *weight_GC.shape)
+        trial = _Search(w_NGC, weight_GC, bits, zero_point)
+        if search == "mse":
+            trial.improve()
+        found.append((trial.scale_NG, trial.zero_NG))
+    scale_NG, zero_NG = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if not scale_NG.isfinite().all():
+        raise ValueError(
+            f"weights reach {float(w_NK.abs().max()):.3g}, which needs a scale beyond fp16 (65504); "
+            "weights of that size are not those of a trained model: check the checkpoint"
+        )
+    return scale_NG.half(), zero_NG.half()
+
+
+class _Search:
+    """The best grid found so far for each group of some rows; starts as the min-max grid."""
+
+    def __init__(self, w_NGC: Tensor, weight_GC: Tensor, bits: int, zero_point: str):
+        self.w_NGC, self.weight_GC, self.bits, self.zero_point = w_NGC, weight_GC, bits, zero_point
+        low, high = w_NGC.aminmax(dim=2)
+        if zero_point != "float":
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        last, middle = 2**bits - 1, 2 ** (bits - 1)
+        if zero_point == "middle":
+            widest = torch.maximum(high / (last - middle), -low / middle)
+        else:
+            widest = (high - low) / last
+        if zero_point == "float":
+            widest = torch.maximum(widest, torch.maximum(high, -low) / (ZERO_LIMIT // 2))
+        self.widest_NG = widest.masked_fill(widest == 0, 1)
+        self.low_NG, self.center_NG = low, (low + high) / 2
+        self.scale_NG, self.zero_NG = self._stored(self.widest_NG, self._zero(self.widest_NG))
+        self.error_NG = self._error(self.scale_NG, self.zero_NG)
+
+    def improve(self) -> None:
+        """Tries the clip ratios, the zero shifts and the refits."""
+        for ratio in CLIP_RATIOS[1:]:
+            scale = self.widest_NG * ratio
+            self._offer(scale, self._zero(scale))
+        for shift in ZERO_SHIFTS[self.zero_point]:
+            self._offer(self.scale_NG, self.zero_NG + shift)
+        for _ in range(REFITS):
+            self._offer(*self._refit())
+
+    def _zero(self, scale_NG: Tensor) -> Tensor:
+        # A float zero keeps the clipped range centred; an integer one stays where the full range puts it.
+        if self.zero_point == "middle":
+            return torch.full_like(scale_NG, 2 ** (self.bits - 1))
+        if self.zero_point == "int":
+            return -self.low_NG / self.widest_NG
+        return (2**self.bits - 1) / 2 - self.center_NG / scale_NG
+
+    def _stored(self, scale_NG: Tensor, zero_NG: Tensor) -> tuple[Tensor, Tensor]:
+        # 2^-24 is fp16's smallest positive number.
+        scale_NG = scale_NG.half().to(scale_NG).clamp_(min=2**-24)
+        if self.zero_point == "float":
+            return scale_NG, zero_NG.clamp(-ZERO_LIMIT, ZERO_LIMIT).half().to(scale_NG)
+        return scale_NG, zero_NG.round().clamp_(0, 2**self.bits - 1)
+
+    def _error(self, scale_NG: Tensor, zero_NG: Tensor) -> Tensor:
+        scale, zero = scale_NG[..., None], zero_NG[..., None]
+        miss = encode(self.w_NGC, scale, zero, self.bits).sub_(zero).mul_(scale).sub_(self.w_NGC)
+        return miss.square_().mul_(self.weight_GC).sum(2)
+
+    def _offer(self, scale_NG: Tensor, zero_NG: Tensor) -> None:
+        scale_NG, zero_NG = self._stored(scale_NG, zero_NG)
+        error_NG = self._error(scale_NG, zero_NG)
+        better = error_NG < self.error_NG
+        for name, value in (("error_NG", error_NG), ("scale_NG", scale_NG), ("zero_NG", zero_NG)):
+            setattr(self, name, torch.where(better, value, getattr(self, name)))
+
+    def _refit(self) -> tuple[Tensor, Tensor]:
+        """The weighted least-squares scale (and zero, if float) for the codes of the best grid so far."""
+        q_NGC = encode(self.w_NGC, self.scale_NG[..., None], self.zero_NG[..., None], self.bits)
+        total = self.weight_GC.sum(1)
+        if self.zero_point == "float":
+            q_mean = (q_NGC * self.weight_GC).sum(2) / total
+            w_mean = (self.w_NGC * self.weight_GC).sum(2) / total
+        else:
+            q_mean, w_mean = self.zero_NG, torch.zeros_like(self.zero_NG)
+        q_NGC -= q_mean[..., None]
+        weighted = q_NGC * self.weight_GC
+        scale_NG = (weighted * (self.w_NGC - w_mean[..., None])).sum(2) / (weighted * q_NGC).sum(2)
+        # A group whose codes are all one, or whose weights are all zero, has no fit and keeps its grid.
+        scale_NG = torch.where((scale_NG > 0) & scale_NG.isfinite(), scale_NG, self.scale_NG)
+        scale_NG = scale_NG.half().to(scale_NG).clamp_(min=2**-24)
+        if self.zero_point != "float":
+            return scale_NG, self.zero_NG
+        zero_NG = q_mean - w_mean / scale_NG
+        return scale_NG, torch.where(zero_NG.isfinite(), zero_NG, self.zero_NG)

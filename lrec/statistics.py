@@ -1,0 +1,99 @@
+"""What a linear's inputs look like over the calibration tokens: all that a quantizer may know about the data.
+
+Linears that see the same input share one `Collector`. A quantizer declares in `needs` which statistics it wants, by
+their names in `NEEDS`; only those are collected, and the others are None in the result.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrec import registry
+
+NEEDS = frozenset({"hessian", "maxima"})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Statistics:
+    """Statistics of `num_tokens` inputs x of a linear with K input channels; what was not asked for is None.
+
+    hessian_KK: mean over tokens of x x^T; half the Hessian, in one row of W, of the mean squared output error.
+    maxima_K:   max over tokens of |x_k|.
+    """
+
+    num_tokens: int
+    hessian_KK: Tensor | None = None
+    maxima_K: Tensor | None = None
+
+    def merge(self, other: "Statistics") -> "Statistics":
+        """The statistics of both sets of tokens together, as of data-parallel workers: means weighted by tokens.
+
+        Raises ValueError if one side lacks a statistic that the other has.
+        """
+        for name in ("hessian_KK", "maxima_K"):
+            if (getattr(self, name) is None) != (getattr(other, name) is None):
+                raise ValueError(
+                    f"cannot merge statistics of which one alone has {name}; collect both with the same needs"
+                )
+        total = self.num_tokens + other.num_tokens
+        hessian, maxima = self.hessian_KK, self.maxima_K
+        if hessian is not None:
+            hessian = torch.lerp(hessian, other.hessian_KK.to(hessian), other.num_tokens / total)
+        if maxima is not None:
+            maxima = torch.maximum(maxima, other.maxima_K.to(maxima))
+        return Statistics(num_tokens=total, hessian_KK=hessian, maxima_K=maxima)
+
+
+class Collector:
+    """Sums the statistics of inputs that come in batches of any size, on the device where they are."""
+
+    def __init__(self, K: int, needs: Iterable[str], dtype: torch.dtype = torch.float32):
+        """Collects `needs` (names of `NEEDS`) for K channels in `dtype`, float32 or float64.
+
+        Raises ValueError for a need that does not exist or a narrower dtype.
+        """
+        self.needs = frozenset(needs)
+        for need in sorted(self.needs - NEEDS):
+            raise ValueError(registry.nearest(need, NEEDS, "statistic"))
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"statistics in {dtype} would lose the small channels; allowed: float32, float64")
+        self.K, self.dtype = K, dtype
+        self.num_tokens = 0
+        self._gram_KK: Tensor | None = None
+        self._maxima_K: Tensor | None = None
+
+    def add(self, x_TK: Tensor) -> None:
+        """Adds inputs of shape (..., K), all leading dimensions being tokens.
+
+        Raises ValueError if x has not K channels or holds NaN or infinity; then nothing is added.
+        """
+        if x_TK.shape[-1] != self.K:
+            raise ValueError(f"inputs have {x_TK.shape[-1]} channels, but these statistics are of {self.K}")
+        x_TK = x_TK.detach().reshape(-1, self.K).to(self.dtype)
+        if not len(x_TK):
+            return
+        maxima_K = torch.linalg.vector_norm(x_TK, torch.inf, 0)
+        bad = int((~maxima_K.isfinite()).sum())
+        if bad:
+            raise ValueError(
+                f"calibration inputs hold NaN or infinity in {bad} of {self.K} channels "
+                f"(tokens {self.num_tokens} to {self.num_tokens + len(x_TK)}); statistics need finite activations: "
+                "run the model in bfloat16 or float32, and check its weights"
+            )
+        self.num_tokens += len(x_TK)
+        if "hessian" in self.needs:
+            if self._gram_KK is None:
+                self._gram_KK = x_TK.new_zeros(self.K, self.K)
+            self._gram_KK.addmm_(x_TK.t(), x_TK)
+        if "maxima" in self.needs:
+            known = self._maxima_K
+            self._maxima_K = maxima_K if known is None else torch.maximum(known, maxima_K)
+
+    def result(self) -> Statistics:
+        """The statistics of everything added so far. Raises ValueError if that is nothing."""
+        if not self.num_tokens:
+            raise ValueError("no calibration tokens reached this input; give more or longer samples")
+        hessian_KK = None if self._gram_KK is None else self._gram_KK / self.num_tokens
+        return Statistics(num_tokens=self.num_tokens, hessian_KK=hessian_KK, maxima_K=self._maxima_K)
