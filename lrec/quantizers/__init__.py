@@ -23,7 +23,8 @@ ZERO_SHIFTS = {"middle": (), "int": (1, -1), "float": (0.25, -0.25)}
 REFITS = 3
 # Rows are searched in slices of about this many weights, so that the trials stay inside the cache.
 SLICE_WEIGHTS = 2**17
-# A float zero beyond this many steps would lose its fraction in fp16; steps are widened to stay below half of it.
+# A float zero beyond this many steps would lose its fraction in fp16. Groups so narrow and so far from zero that the
+# min-max grid came to half of it get the range from zero on instead, as with an integer zero.
 ZERO_LIMIT = 2048
 
 
@@ -108,11 +109,8 @@ class UniformQuantizer(Quantizer):
 
     def pack(self, codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> Uniform:
         """The packed weight of codes on a grid that `grid` returned."""
-        if self.symmetric:
-            stored = None
-        else:
-            stored = zero_NG.to(torch.uint8) if self.zero_point == "int" else zero_NG
-        return Uniform.pack(codes_NK, scale_NG, stored, self.bits, self.group_size)
+        zero_NG = zero_NG.byte() if self.zero_point == "int" else zero_NG
+        return Uniform.pack(codes_NK, scale_NG, None if self.symmetric else zero_NG, self.bits, self.group_size)
 
 
 def encode(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -134,7 +132,7 @@ def find_grid(
     group's range (and zero, unless float); "mse" minimises, from there on,
         sum over the group's columns k of weight_K[k] * (w - scale * (encode(w) - zero))^2,
     weight_K being ones if not given; every trial is scored with the rounded values that are stored, so the result is
-    never worse than minmax by that sum. A group of zeros gets scale 1 and decodes to exact zeros.
+    never worse than minmax by that sum. A group of zeros decodes to exact zeros.
 
     Raises ValueError if a scale exceeds fp16.
     """
@@ -167,16 +165,16 @@ class _Search:
     def __init__(self, w_NGC: Tensor, weight_GC: Tensor, bits: int, zero_point: str):
         self.w_NGC, self.weight_GC, self.bits, self.zero_point = w_NGC, weight_GC, bits, zero_point
         low, high = w_NGC.aminmax(dim=2)
-        if zero_point != "float":
-            low, high = low.clamp(max=0), high.clamp(min=0)
         last, middle = 2**bits - 1, 2 ** (bits - 1)
+        far = (high - low) * (ZERO_LIMIT // 2) < torch.maximum(high, -low) * last
+        with_zero = far if zero_point == "float" else torch.ones_like(far)
+        low = torch.where(with_zero, low.clamp(max=0), low)
+        high = torch.where(with_zero, high.clamp(min=0), high)
+        # Only a group of zeros has no range now; any range from zero up keeps its zeros exact.
+        high = high.masked_fill(low == high, last)
+        self.widest_NG = (high - low) / last
         if zero_point == "middle":
-            widest = torch.maximum(high / (last - middle), -low / middle)
-        else:
-            widest = (high - low) / last
-        if zero_point == "float":
-            widest = torch.maximum(widest, torch.maximum(high, -low) / (ZERO_LIMIT // 2))
-        self.widest_NG = widest.masked_fill(widest == 0, 1)
+            self.widest_NG = torch.maximum(high / (last - middle), -low / middle)
         self.low_NG, self.center_NG = low, (low + high) / 2
         self.scale_NG, self.zero_NG = self._stored(self.widest_NG, self._zero(self.widest_NG))
         self.error_NG = self._error(self.scale_NG, self.zero_NG)

@@ -65,7 +65,7 @@ def test_only_what_is_needed_is_collected():
     assert collected([x], 41, {"maxima"}).hessian_KK is None
     assert collected([x], 41, {"hessian"}).maxima_K is None
     assert collected([x], 41, ()).num_tokens == 5
-    with pytest.raises(ValueError, match="cannot merge.*hessian_KK"):
+    with pytest.raises(ValueError, match=r"cannot merge.*hessian_KK"):
         collected([x], 41).merge(collected([x], 41, {"maxima"}))
 
 
@@ -100,11 +100,11 @@ def test_collector_leaves_no_graph_behind():
 
 
 def test_wrong_use_is_refused_in_words():
-    with pytest.raises(ValueError, match="unknown statistic 'hesian'.*Did you mean 'hessian'"):
+    with pytest.raises(ValueError, match=r"unknown statistic 'hesian'.*Did you mean 'hessian'"):
         Collector(41, {"hesian"})
     with pytest.raises(ValueError, match="allowed: float32, float64"):
         Collector(41, NEEDS, torch.bfloat16)
-    with pytest.raises(ValueError, match="40 channels.*of 41"):
+    with pytest.raises(ValueError, match=r"40 channels.*of 41"):
         Collector(41, NEEDS).add(torch.zeros(3, 40))
     with pytest.raises(ValueError, match="no calibration tokens"):
         Collector(41, NEEDS).result()
