@@ -52,7 +52,13 @@ class Outlier(Packed):
 
     @classmethod
     def pack(
-        cls, codes_NK: Tensor, outlier_NK: Tensor, levels: Tensor | tuple[Tensor, Tensor], bits: int, index_bits: int
+        cls,
+        codes_NK: Tensor,
+        outlier_NK: Tensor,
+        levels: Tensor | tuple[Tensor, Tensor],
+        bits: int,
+        index_bits: int,
+        tile: int = TILE,
     ) -> "Outlier":
         """Packs codes and the positions where `outlier_NK` is true; `levels` is a table or (scale, base).
 
@@ -63,12 +69,12 @@ class Outlier(Packed):
         if index_bits not in INDEX_BITS:
             raise ValueError(f"index_bits = {index_bits} is no width of an outlier index; allowed: {INDEX_BITS}")
         table, scale, base = (levels, None, None) if isinstance(levels, Tensor) else (None, *levels)
-        index, starts = encode_positions(outlier_NK, index_bits, TILE)
+        index, starts = encode_positions(outlier_NK, index_bits, tile)
         return cls(
             shape=tuple(codes_NK.shape),
             bits=bits,
             index_bits=index_bits,
-            tile=TILE,
+            tile=tile,
             qweight=pack_codes(codes_NK, bits),
             index=index,
             starts=starts,

@@ -109,14 +109,7 @@ def _refit(sums: Sums, step: Tensor, low: Tensor, num_levels: int) -> tuple[Tens
     scale = step[:, None] * ratio
     base = low[:, None] + (step[:, None] - scale) * (num_levels - 1) / 2
     for _ in range(REFITS):
-        mass, moment = sums.cells(base[..., None] + scale[..., None] * q)
-        n, sq, sqq = mass.sum(-1), (mass * q).sum(-1), (mass * q * q).sum(-1)
-        sx, sqx = moment.sum(-1), (moment * q).sum(-1)
-        spread = n * sqq - sq * sq
-        slope = (n * sqx - sq * sx) / spread
-        better = (spread > 0) & (slope > 0)
-        scale = torch.where(better, slope, scale)
-        base = torch.where(better, (sx - slope * sq) / n, base)
+        scale, base = sums.refit(scale, base, q)
     best = sums.gain(base[..., None] + scale[..., None] * q).argmax(1, keepdim=True)
     return scale.gather(1, best)[:, 0], base.gather(1, best)[:, 0]
 

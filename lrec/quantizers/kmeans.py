@@ -85,6 +85,19 @@ class Sums:
         mass, moment = self.cells(levels)
         return (levels * (2 * moment - levels * mass)).sum(-1)
 
+    def refit(self, scale: Tensor, base: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale and base (R, ...) that least squares gives to the cells of the levels base + scale * pattern.
+
+        `pattern` (..., L) ascends. What the cells leave open, because all x lie in one, stays as given.
+        """
+        mass, moment = self.cells(base[..., None] + scale[..., None] * pattern)
+        n, sp, spp = mass.sum(-1), (mass * pattern).sum(-1), (mass * pattern * pattern).sum(-1)
+        sx, spx = moment.sum(-1), (moment * pattern).sum(-1)
+        spread = n * spp - sp * sp
+        slope = (n * spx - sp * sx) / spread
+        better = (spread > 1e-12 * n * n) & (slope > 0)
+        return torch.where(better, slope, scale), torch.where(better, (sx - slope * sp) / n, base)
+
 
 def cluster(x_RK: Tensor, weight_RK: Tensor | None, num_levels: int, iterations: int) -> Tensor:
     """Ascending levels (R, num_levels) float64 that locally minimise sum_k weight (x - nearest level)^2 in each row.

@@ -58,7 +58,7 @@ class Ptq161(Quantizer):
 
 
 def salient_mask(maxima_K: Tensor, share: float) -> Tensor:
-    """bool (K,): true for the channels of largest maximum, `share` of them to the nearest multiple of 32, or at least 1."""
+    """bool (K,): true for the channels of largest maximum, a `share` of K to the nearest multiple of 32, at least 1."""
     K = len(maxima_K)
     count = RUN * round(share * K / RUN)
     if not 0 < count < K:
@@ -131,7 +131,7 @@ def refine(
     weights: dict[str, Tensor],
     run: Callable[[dict[str, Tensor], int, Tensor], Tensor],
     states: Sequence[tuple[Tensor, Tensor]],
-    settings: Refinement = Refinement(),  # noqa: B008
+    settings: Refinement = Refinement(),
 ) -> tuple[dict[str, Salient], list[float]]:
     """The same layers with factors trained on a block's outputs, and the mean loss of each epoch.
 
