@@ -81,17 +81,14 @@ def prepare_model_for_training(
 
     Takes the place of peft's `prepare_model_for_kbit_training`, which would cast embeddings and head to float32 and
     leave gradient checkpointing off. Nothing is cast here. Checkpointing defaults to `use_reentrant=False`. DDP will
-    not broadcast the packed weights at every forward, as it does with buffers.
+    not broadcast the packed weights at every forward, as it does other buffers.
     """
     modules = dict(model.named_modules())
     if not any(isinstance(module, BaseTunerLayer) for module in modules.values()):
         model.requires_grad_(False)
     if use_gradient_checkpointing:
-        kwargs = {"use_reentrant": False} if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-        # A reentrant checkpoint passes no gradient on unless one of its inputs needs it.
-        if kwargs.get("use_reentrant", True):
-            model.enable_input_require_grads()
+        # This also lets the embeddings' output require gradients, without which a reentrant checkpoint passes none on.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
     buffers = [
         f"{place}.{key}"
         for name, module in modules.items()
