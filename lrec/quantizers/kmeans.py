@@ -67,7 +67,7 @@ class Sums:
 
     def __init__(self, x_RK: Tensor, weight_RK: Tensor | None = None):
         """Sorts x; weights default to 1. All in float64."""
-        self.x, order = x_RK.double().sort(1)
+        self.x, order = x_RK.double().contiguous().sort(1)
         self.weight = torch.ones_like(self.x) if weight_RK is None else weight_RK.double().gather(1, order)
         parts = (self.weight, self.weight * self.x)
         self._mass, self._moment = (torch.nn.functional.pad(part.cumsum(1), (1, 0)) for part in parts)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from checks import TOLERANCE, assert_close
 from safetensors.torch import save_file
 
 from lrec import formats, kernels, registry
@@ -13,7 +14,6 @@ from lrec.formats.outlier import Outlier
 from lrec.formats.salient import Salient
 from lrec.formats.ternary import Ternary
 from lrec.formats.uniform import Uniform
-from tests.checks import TOLERANCE, assert_close
 
 SHAPES = [(41, 401), (33, 1271), (5, 16), (64, 256), (1, 48)]
 
