@@ -105,8 +105,10 @@ def example(format_name, case):
 
 
 def served(kernel, packed, dtype, num_rows, transpose=False):
-    """Whether the kernel takes the call."""
-    return kernel.refuses(Call("cpu", dtype, num_rows, transpose), packed.spec()) is None
+    """Whether the kernel takes the call when it is asked for by name."""
+    with pytest.MonkeyPatch.context() as asked:
+        asked.setenv("LREC_KERNEL", kernel.__module__.rpartition(".")[2])
+        return kernel.refuses(Call("cpu", dtype, num_rows, transpose), packed.spec()) is None
 
 
 def pairs():

@@ -14,6 +14,9 @@ from torch import Tensor
 from lrec.formats.uniform import Uniform
 
 ABI = 1
+GEMV_ROWS = 8
+PANEL_WEIGHTS = 2**20
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PATH = Path(__file__).with_name("liblrec_native.so")
 BUILD_LOG = Path(__file__).with_name("build.log")
 ZERO_KINDS = {None: 0, torch.int32: 1, torch.float16: 16, torch.float32: 32}
@@ -52,8 +55,9 @@ def library() -> ctypes.CDLL:
     lib.lrec_cpu_path.restype = ctypes.c_char_p
     weight, pointer, i64, i32 = ctypes.POINTER(UniformWeight), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     lib.lrec_uniform_decode.argtypes = [weight, i64, i64, pointer, i32]
-    lib.lrec_uniform_gemv.argtypes = [weight, pointer, i64, i64, pointer, i64, i32]
-    lib.lrec_uniform_decode.restype = lib.lrec_uniform_gemv.restype = None
+    for gemv in (lib.lrec_uniform_gemv, lib.lrec_uniform_gemv_int8):
+        gemv.argtypes, gemv.restype = [weight, pointer, i64, i64, pointer, i64, i32], None
+    lib.lrec_uniform_decode.restype = None
     return lib
 
 
@@ -80,11 +84,41 @@ def uniform(packed: Uniform) -> UniformWeight:
 
 
 def threads(num_weights: int) -> int:
-    """Threads for a product with so many weights: torch's setting, or one where waking others costs more than it gives."""
+    """Threads for a product with so many weights: torch's setting, or one where waking others costs more than it saves."""
     return 1 if num_weights < 2**20 else torch.get_num_threads()
 
 
-def decode(packed: Uniform, weight: UniformWeight, start: int, stop: int, out: Tensor) -> None:
-    """Writes rows start <= n < stop of the decoded weight to the first rows of `out`, float32 (>= stop - start, K) and contiguous."""
-    N, K = packed.shape
-    library().lrec_uniform_decode(weight, start, stop, out.data_ptr(), threads((stop - start) * K))
+def decode(function, weight: ctypes.Structure, start: int, stop: int, out: Tensor) -> None:
+    """Writes rows start <= n < stop of the decoded weight to the first rows of `out`, contiguous float32 of K columns."""
+    function(weight, start, stop, out.data_ptr(), threads((stop - start) * out.shape[1]))
+
+
+def gemv(function, weight: ctypes.Structure, x_TK: Tensor, N: int, K: int) -> Tensor:
+    """x W^T (T, N) in x's dtype by a native function that takes few rows of x."""
+    x = _float32(x_TK)
+    y_TN = torch.empty(x.shape[0], N)
+    function(weight, x.data_ptr(), x.shape[0], x.stride(0), y_TN.data_ptr(), N, threads(N * K))
+    return y_TN.to(x_TK.dtype)
+
+
+def panels(function, weight: ctypes.Structure, x: Tensor, N: int, K: int, transpose: bool) -> Tensor:
+    """x W^T (T, N), or x W (T, K), in x's dtype: panels of rows that `function` decodes, multiplied by torch.
+
+    The workspace is one panel of `PANEL_WEIGHTS` floats, or one row where that is longer.
+    """
+    wide = _float32(x)
+    y = wide.new_zeros(x.shape[0], K) if transpose else wide.new_empty(x.shape[0], N)
+    step = max(1, min(N, PANEL_WEIGHTS // K))
+    panel_nK = torch.empty(step, K)
+    for start in range(0, N, step):
+        stop = min(start + step, N)
+        decode(function, weight, start, stop, panel_nK)
+        if transpose:
+            y.addmm_(wide[:, start:stop], panel_nK[: stop - start])
+        else:
+            torch.mm(wide, panel_nK[: stop - start].t(), out=y[:, start:stop])
+    return y.to(x.dtype)
+
+
+def _float32(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.float32 and x.stride(-1) == 1 else x.float().contiguous()

@@ -31,4 +31,8 @@ void lrec_uniform_decode(const LrecUniform* w, int64_t first, int64_t last, floa
 
 // y[t, n] = sum_k x[t, k] w[n, k] for T rows of x with leading dimension ldx, y with leading dimension ldy; meant for T <= 8.
 void lrec_uniform_gemv(const LrecUniform* w, const float* x, int64_t T, int64_t ldx, float* y, int64_t ldy, int32_t threads);
+
+// The same for 2 and 4 bits with x rounded to int8: each run of 256 / bits columns of x to step * round(x / step) with
+// step = max |x| / 127.
+void lrec_uniform_gemv_int8(const LrecUniform* w, const float* x, int64_t T, int64_t ldx, float* y, int64_t ldy, int32_t threads);
 }

@@ -47,17 +47,22 @@ void decode_row(const LrecUniform& w, int64_t n, float* grid, float* out) {
 }
 
 #ifdef LREC_X86
-void gemv_avx2(const LrecUniform& w, const float* x, int64_t T, int64_t ldx, float* y, int64_t ldy, int32_t threads) {
-    std::vector<float> prepared(avx2::prepared_size(w, T));
-    avx2::prepare(w, x, T, ldx, prepared.data());
-    const int64_t step = 32;  // rows a thread takes at once: whole words of zeros packed along N
+// The product in AVX2; false if that does not serve.
+bool gemv_avx2(const LrecUniform& w, const avx2::Gemv& kernel, const float* x, int64_t T, int64_t ldx, float* y, int64_t ldy, int32_t threads) {
+    if (!use_avx2() || !avx2::serves(w)) return false;
+    for (int64_t t = 0; t < T; t += avx2::MAX_ROWS) {
+        const int64_t rows = std::min(avx2::MAX_ROWS, T - t);
+        std::vector<char> prepared(kernel.prepared_bytes(w, rows));
+        kernel.prepare(w, x + t * ldx, rows, ldx, prepared.data());
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        std::vector<float> scratch(avx2::scratch_size(w));
+        {
+            std::vector<float> scratch(avx2::scratch_size(w));
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < w.N; n += step)
-            avx2::gemv_rows(w, prepared.data(), T, n, std::min(n + step, w.N), scratch.data(), y, ldy);
+            for (int64_t n = 0; n < w.N; n += avx2::CHUNK)
+                kernel.rows(w, prepared.data(), rows, n, std::min(n + avx2::CHUNK, w.N), scratch.data(), y + t * ldy, ldy);
+        }
     }
+    return true;
 }
 #endif
 
@@ -92,6 +97,15 @@ float dot(const float* a, const float* b, int64_t K) {
     return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
 }
 
+float int8_step(const float* x, int64_t size) {
+    float most = 0;
+    for (int64_t i = 0; i < size; i++) {
+        if (!std::isfinite(x[i])) return NAN;
+        most = std::max(most, std::fabs(x[i]));
+    }
+    return most / 127.0f;
+}
+
 }  // namespace lrec
 
 using namespace lrec;
@@ -111,10 +125,7 @@ extern "C" void lrec_uniform_decode(const LrecUniform* w, int64_t first, int64_t
 
 extern "C" void lrec_uniform_gemv(const LrecUniform* w, const float* x, int64_t T, int64_t ldx, float* y, int64_t ldy, int32_t threads) {
 #ifdef LREC_X86
-    if (use_avx2() && avx2::serves(*w)) {
-        for (int64_t t = 0; t < T; t += avx2::MAX_ROWS) gemv_avx2(*w, x + t * ldx, std::min(avx2::MAX_ROWS, T - t), ldx, y + t * ldy, ldy, threads);
-        return;
-    }
+    if (gemv_avx2(*w, avx2::exact(w->bits), x, T, ldx, y, ldy, threads)) return;
 #endif
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -125,4 +136,19 @@ extern "C" void lrec_uniform_gemv(const LrecUniform* w, const float* x, int64_t 
             for (int64_t t = 0; t < T; t++) y[t * ldy + n] = dot(x + t * ldx, row.data(), w->K);
         }
     }
+}
+
+extern "C" void lrec_uniform_gemv_int8(const LrecUniform* w, const float* x, int64_t T, int64_t ldx, float* y, int64_t ldy, int32_t threads) {
+#ifdef LREC_X86
+    if (gemv_avx2(*w, avx2::int8(w->bits), x, T, ldx, y, ldy, threads)) return;
+#endif
+    std::vector<float> rounded(T * w->K);
+    const int64_t block = int8_block(w->bits);
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t k = 0; k < w->K; k += block) {
+            const int64_t size = std::min(block, w->K - k);
+            const float step = int8_step(x + t * ldx + k, size), inverse = int8_inverse(step);
+            for (int64_t i = k; i < k + size; i++) rounded[t * w->K + i] = step * std::nearbyint(x[t * ldx + i] * inverse);
+        }
+    lrec_uniform_gemv(w, rounded.data(), T, w->K, y, ldy, threads);
 }

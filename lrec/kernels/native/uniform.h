@@ -33,6 +33,11 @@ void decode_columns(const LrecUniform& w, int64_t n, const float* scale, const f
 // sum_k a[k] b[k], in eight partial sums.
 float dot(const float* a, const float* b, int64_t K);
 
+// Activations rounded to int8 in blocks: x ~ step * round(x / step), step = max |x| / 127, NaN if x is not finite.
+inline int64_t int8_block(int bits) { return 32 * 8 / bits; }  // 32 bytes of codes
+float int8_step(const float* x, int64_t size);
+inline float int8_inverse(float step) { return step > 0 ? 1.0f / step : 0.0f; }
+
 #ifdef LREC_X86
 namespace avx2 {
 
@@ -42,16 +47,20 @@ bool serves(const LrecUniform& w);
 // Row n by the definition, all K columns.
 void decode_row(const LrecUniform& w, int64_t n, const float* scale, const float* zero, float* out);
 
-// Floats that `prepare` fills for T rows of x, and that `gemv_rows` needs beside them, one set a thread.
-int64_t prepared_size(const LrecUniform& w, int64_t T);
-int64_t scratch_size(const LrecUniform& w);
+// A product with T <= MAX_ROWS rows of x: lay x out in `prepared` once, then take rows first <= n < last of W against it,
+// CHUNK of them at a time, `first` a multiple of that: so many zeros packed along N fill whole words.
+constexpr int64_t MAX_ROWS = 4, CHUNK = 32;
+struct Gemv {
+    int64_t (*prepared_bytes)(const LrecUniform& w, int64_t T);
+    void (*prepare)(const LrecUniform& w, const float* x, int64_t T, int64_t ldx, char* prepared);
+    void (*rows)(const LrecUniform& w, char* prepared, int64_t T, int64_t first, int64_t last, float* scratch, float* y, int64_t ldy);
+};
+Gemv exact(int bits);
+Gemv int8(int bits);  // 2 and 4 bits
 
-// T <= MAX_ROWS rows of x in the order in which `gemv_rows` meets the codes.
-constexpr int64_t MAX_ROWS = 4;
-void prepare(const LrecUniform& w, const float* x, int64_t T, int64_t ldx, float* prepared);
-
-// y[t, n] for first <= n < last.
-void gemv_rows(const LrecUniform& w, const float* prepared, int64_t T, int64_t first, int64_t last, float* scratch, float* y, int64_t ldy);
+// Floats from one row's scales to the next in a scratch of `scratch_size` floats, which every thread needs for `rows`.
+inline int64_t grid_stride(const LrecUniform& w) { return num_groups(w) + 8; }
+inline int64_t scratch_size(const LrecUniform& w) { return 2 * CHUNK * grid_stride(w); }
 
 }  // namespace avx2
 #endif
