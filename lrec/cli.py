@@ -7,7 +7,6 @@ Exit codes: 0 done, 2 wrong input (one clear message on stderr), 3 does not fit 
 import contextlib
 import json
 import sys
-import warnings
 
 from lrec import options, registry
 
@@ -32,7 +31,7 @@ usage: lrec VERB [--setting value ...] [--config file.yaml] [--json]
 def quantize(values: dict) -> dict:
     """`lrec quantize`."""
     from lrec.blocks import PassSettings
-    from lrec.recipe import Quantize
+    from lrec.runs import Quantize
 
     quantizer = registry.find("quantizers", str(values.get("method", Quantize.method)))
     run, method, settings = options.fill(values, Quantize, quantizer, PassSettings)
@@ -41,7 +40,7 @@ def quantize(values: dict) -> dict:
 
 def train(values: dict) -> dict:
     """`lrec train`."""
-    from lrec.recipe import Train
+    from lrec.runs import Train
     from lrec.trainer import LrecConfig
 
     run, config = options.fill(values, Train, LrecConfig)
@@ -50,14 +49,14 @@ def train(values: dict) -> dict:
 
 def evaluate(values: dict) -> dict:
     """`lrec evaluate`."""
-    from lrec.recipe import Evaluate
+    from lrec.runs import Evaluate
 
     return options.fill(values, Evaluate)[0].run()
 
 
 def export(values: dict) -> dict:
     """`lrec export`."""
-    from lrec.recipe import Export
+    from lrec.runs import Export
 
     return options.fill(values, Export)[0].run()
 
@@ -81,18 +80,18 @@ def help_text(verb: str | None, values: dict) -> str:
     if verb is None:
         verbs = "\n".join(f"  {name:<10} {what}" for name, what in VERBS.items())
         return HELP.format(verbs=verbs)
-    from lrec import recipe, report
+    from lrec import report, runs
     from lrec.blocks import PassSettings
 
     classes = {
         "quantize": lambda: (
-            recipe.Quantize,
-            registry.find("quantizers", str(values.get("method", recipe.Quantize.method))),
+            runs.Quantize,
+            registry.find("quantizers", str(values.get("method", runs.Quantize.method))),
             PassSettings,
         ),
-        "train": lambda: (recipe.Train,),
-        "evaluate": lambda: (recipe.Evaluate,),
-        "export": lambda: (recipe.Export,),
+        "train": lambda: (runs.Train,),
+        "evaluate": lambda: (runs.Evaluate,),
+        "export": lambda: (runs.Export,),
         "inspect": lambda: (report.Inspect,),
         "explain": lambda: (report.Explain,),
     }[verb]()
@@ -131,8 +130,10 @@ def main(argv: list[str] | None = None) -> int:
             print(help_text(verb, values))
             return 0
         as_json = bool(values.pop("json", False))
+        from lrec import load
+
         with contextlib.redirect_stdout(sys.stderr):
-            quiet()
+            load.quiet()
             report = globals()[verb](values)
         print(json.dumps(report) if as_json else show(report))
         return 0
@@ -145,12 +146,3 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"lrec {verb}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
-
-
-def quiet() -> None:
-    """Leaves the screen to lrec's own progress: other libraries say only errors."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="transformers|peft|trl|accelerate")

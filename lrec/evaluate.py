@@ -1,7 +1,9 @@
 """How good a model is on text it has not seen: perplexity, KL(teacher || model), top-1 agreement; and its size."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -14,36 +16,44 @@ from lrec.teacher import final_hidden
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What the teacher says of a text: its final hidden states, a tensor (T, H) per batch, and the head on them."""
+class States:
+    """What a model makes of a text: its final hidden states, (T, H) for each batch of windows, and the head on them.
 
-    hidden: list[Tensor]
+    `hidden` is made as it is read, one batch at a time; `kept` holds on to it, to be compared with several models.
+    """
+
+    hidden: Iterable[Tensor]
     head: Head
 
-
-@torch.no_grad()
-def reference(teacher: nn.Module, input_ids: Tensor, batch_size: int = 4) -> Reference:
-    """The teacher's side of `quality`, to be used for several models on the same windows and batch size."""
-    batches = tqdm(input_ids.split(batch_size), desc="teacher", unit="batch", disable=None, leave=False)
-    return Reference([predicting(teacher, batch) for batch in batches], Head.of(teacher))
+    def kept(self) -> "States":
+        """The same with all batches in memory."""
+        return States(list(self.hidden), self.head)
 
 
-@torch.no_grad()
-def quality(model: nn.Module, input_ids: Tensor, teacher: Reference | None = None, batch_size: int = 4) -> dict:
-    """Means over all next-token predictions inside the windows `input_ids` (B, L).
+def states(model: nn.Module, input_ids: Tensor, batch_size: int = 4, desc: str = "evaluate") -> States:
+    """The hidden states at all positions that have a next token in their window, `input_ids` (B, L)."""
 
-    perplexity = exp(mean nll); kl = KL(teacher || model) in nats per token and top1_agreement in [0, 1], left out
-    without a teacher. Raises ValueError if the model's output is not finite.
+    def run():
+        device = next(model.parameters()).device
+        for batch in tqdm(input_ids.split(batch_size), desc=desc, unit="batch", disable=None, leave=False):
+            with torch.no_grad():
+                yield final_hidden(model, batch.to(device))[:, :-1].flatten(0, 1)
+
+    return States(run(), Head.of(model))
+
+
+def quality(student: States, input_ids: Tensor, teacher: States | None = None, batch_size: int = 4) -> dict:
+    """Means over all next-token predictions inside the windows `input_ids` (B, L) that the states were made of.
+
+    perplexity = exp(mean nll); kl = KL(teacher || student) in nats per token and top1_agreement in [0, 1], left out
+    without a teacher. Raises ValueError if the student's output is not finite.
     """
-    head = Head.of(model)
     sums = torch.zeros(3, dtype=torch.float64)
-    batches = tqdm(input_ids.split(batch_size), desc="evaluate", unit="batch", disable=None, leave=False)
-    for i, batch in enumerate(batches):
-        hidden = predicting(model, batch)
-        target = (None, None) if teacher is None else (teacher.hidden[i], teacher.head)
-        metrics = token_metrics(hidden, head, *target, batch[:, 1:].flatten().to(hidden.device))
-        for k, metric in enumerate(metrics):
-            sums[k] += 0.0 if metric is None else metric.double().sum().cpu()
+    teacher_head, targets = (None, repeat(None)) if teacher is None else (teacher.head, teacher.hidden)
+    for batch, hidden, target in zip(input_ids.split(batch_size), student.hidden, targets, strict=False):
+        labels = batch[:, 1:].flatten().to(hidden.device)
+        metrics = token_metrics(hidden, student.head, target, teacher_head, labels)
+        sums += torch.stack([torch.zeros(()) if m is None else m.double().sum().cpu() for m in metrics])
     num_tokens = input_ids[:, 1:].numel()
     nll, kl, agreement = (sums / num_tokens).tolist()
     if not math.isfinite(nll):
@@ -53,12 +63,6 @@ def quality(model: nn.Module, input_ids: Tensor, teacher: Reference | None = Non
         )
     found = {"perplexity": math.exp(min(nll, 700.0)), "num_tokens": num_tokens}
     return found if teacher is None else found | {"kl": kl, "top1_agreement": agreement}
-
-
-def predicting(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Final hidden states (T, H) of the positions that have a next token in the window."""
-    device = next(model.parameters()).device
-    return final_hidden(model, input_ids.to(device))[:, :-1].flatten(0, 1)
 
 
 def bits_per_weight(model: nn.Module) -> float | None:

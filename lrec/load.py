@@ -1,11 +1,21 @@
 """A model ready to run: base and adapter from a directory, a data script's name or the Hub, checked to fit together."""
 
+import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from lrec import checkpoint, text
+
+
+def quiet() -> None:
+    """Leaves the screen to lrec's own progress: other libraries say only errors."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers|peft|trl|accelerate")
 
 
 def device_of(name: str = "auto") -> torch.device:

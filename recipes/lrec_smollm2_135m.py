@@ -5,11 +5,10 @@ accelerate launch recipes/lrec_smollm2_135m.py [--setting value ...]
 
 import sys
 
-from lrec.quantizers.gptq import GPTQ
-from lrec.trainer import LrecConfig
-
 from lrec import options
+from lrec.quantizers.gptq import GPTQ
 from lrec.recipe import Recipe
+from lrec.trainer import LrecConfig
 
 recipe = Recipe(model="smollm2", output_dir="runs/smollm2_135m_int2")
 quantizer = GPTQ(bits=2, group_size=64)

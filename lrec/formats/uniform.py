@@ -42,12 +42,14 @@ class Uniform(Packed):
         group_size = group_size or K
         check(bits, group_size, K)
         if scale_NG.shape != (N, groups(K, group_size)):
-            raise ValueError(f"scale has shape {tuple(scale_NG.shape)}, but {K} columns in groups of {group_size} need {(N, groups(K, group_size))}")
+            needed = (N, groups(K, group_size))
+            raise ValueError(
+                f"scale has shape {tuple(scale_NG.shape)}, but {K} columns in groups of {group_size} need {needed}"
+            )
         if zero_NG is not None and not zero_NG.is_floating_point():
             zero_NG = pack_codes(zero_NG.t(), bits)
-        return cls(
-            shape=(N, K), bits=bits, group_size=group_size, qweight=pack_codes(codes_NK, bits), scale=scale_NG, zero=zero_NG
-        )
+        codes = pack_codes(codes_NK, bits)
+        return cls(shape=(N, K), bits=bits, group_size=group_size, qweight=codes, scale=scale_NG, zero=zero_NG)
 
     def unpack(self, rows: slice = slice(None)) -> Tensor:
         """float32 (n, K) by the equation above."""
@@ -57,10 +59,8 @@ class Uniform(Packed):
         whole = K - K % self.group_size
         w = torch.empty_like(q)
         body = slice(0, whole // self.group_size)
-        grouped = q[:, :whole].unflatten(1, (-1, self.group_size))
-        torch.mul(
-            grouped.sub_(zero[:, body, None]), scale[:, body, None], out=w[:, :whole].unflatten(1, (-1, self.group_size))
-        )
+        grouped, out = (t[:, :whole].unflatten(1, (-1, self.group_size)) for t in (q, w))
+        torch.mul(grouped.sub_(zero[:, body, None]), scale[:, body, None], out=out)
         if whole < K:
             w[:, whole:] = (q[:, whole:] - zero[:, -1:]) * scale[:, -1:]
         return w
@@ -78,7 +78,8 @@ class Uniform(Packed):
         start, stop, _ = rows.indices(self.shape[0])
         first, last = start // 32, -(-stop // 32)
         words = self.zero[:, first * self.bits : last * self.bits]
-        return unpack_codes(words, self.bits, (last - first) * 32)[:, start - first * 32 : stop - first * 32].t().float()
+        codes = unpack_codes(words, self.bits, (last - first) * 32)
+        return codes[:, start - first * 32 : stop - first * 32].t().float()
 
 
 def groups(K: int, group_size: int) -> int:
@@ -92,4 +93,7 @@ def check(bits: int, group_size: int, K: int) -> None:
         raise ValueError(f"bits = {bits} is not a uniform width; allowed: {', '.join(map(str, WIDTHS))}")
     if not 16 <= group_size <= max(K, 16):
         fits = [g for g in (16, 32, 64, 128, 256, 512) if g <= K]
-        raise ValueError(f"group_size = {group_size} does not fit {K} columns; allowed: 16 to {K}, or 0 for the whole row (sizes that fit: {fits})")
+        raise ValueError(
+            f"group_size = {group_size} does not fit {K} columns; allowed: 16 to {K}, or 0 for the whole row "
+            f"(sizes that fit: {fits})"
+        )

@@ -1,0 +1,205 @@
+"""The runs lrec makes, one dataclass each: its fields are the flags of a verb, `run()` does the work and returns what
+to report. The command line and the recipes fill them."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lrec import assembly, checkpoint, export, load, text
+from lrec.blocks import Calibration, Pass, PassSettings
+from lrec.options import setting
+from lrec.quantizers import Quantizer
+from lrec.stream import StreamedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where and in what precision to compute."""
+
+    device: str = setting("auto", "auto (first GPU, else CPU), cpu, cuda, cuda:1 ...")
+    dtype: str = setting("auto", "auto (float32 on a CPU, else bfloat16), float32, bfloat16, float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Which text, and how much of it."""
+
+    dataset: str = field(
+        metadata={"help": "Hub id, .txt/.jsonl/.parquet file, or a data/ script with a split (wikipedia:test)"}
+    )
+    num_samples: int | None = setting(None, "number of windows (none: all there are)")
+    max_length: int = setting(512, "tokens in a window")
+
+    def input_ids(self, tokenizer, seed: int | None):
+        """Windows (num_samples, max_length): a seeded random choice, or with no seed spaced evenly over the text."""
+        return text.windows(text.documents(self.dataset), tokenizer, self.max_length, self.num_samples, seed=seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Text, Place):
+    """`lrec quantize`: a packed model from a full-precision one."""
+
+    model: str = field(metadata={"help": "local directory, Hub id, or a data/ script (smollm2)"})
+    output_dir: str = field(metadata={"help": "new directory for the packed model"})
+    method: str = setting("gptq", "quantizer: one of the files in lrec/quantizers")
+    num_samples: int | None = setting(128, "calibration windows")
+    seed: int = setting(0, "of the choice of windows")
+
+    def run(self, quantizer: Quantizer, settings: PassSettings | None = None) -> dict:
+        """Quantizes into `output_dir`; a run that was interrupted goes on. Returns the report."""
+        ids = self.input_ids(load.tokenizer(self.model), self.seed)
+        about = {"dataset": self.dataset, "num_samples": len(ids), "max_length": self.max_length, "seed": self.seed}
+        device = load.device_of(self.device)
+        dtype = load.dtype_of(self.dtype, device)
+        streamed = StreamedModel(text.model_path(self.model), dtype, device)
+        return Pass(streamed, quantizer, Calibration(ids, about), Path(self.output_dir), settings).run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Text, Place):
+    """`lrec train`: a LoRA that corrects the quantization error, trained by KL to the teacher."""
+
+    model: str = field(metadata={"help": "packed model"})
+    teacher: str = field(metadata={"help": "the full-precision model it was made from"})
+    output_dir: str = field(metadata={"help": "new directory for the adapter"})
+    lora_r: int = setting(16, "rank of the adapters")
+    lora_alpha: int | None = setting(None, "LoRA alpha; the update is scaled by alpha / r (none: alpha = r)")
+    lora_dropout: float = setting(0.0, "dropout before the adapters")
+    lora_target_modules: str = setting("all-linear", "all-linear, or comma-separated names")
+    lora_init: Literal["closed_form", "zero"] = setting(
+        "closed_form", "start from the factors stored with the packed model, or from zero"
+    )
+    seed: int = setting(0, "of the choice and order of windows and of the adapters")
+
+    def run(self, config) -> dict:
+        """Trains under `config`, a LrecConfig; the report. Raises ValueError if the parts do not fit together."""
+        from datasets import Dataset
+
+        from lrec.teacher import LiveTeacher, check_tokenizers
+        from lrec.trainer import LrecTrainer
+
+        tokenizer = load.tokenizer(self.model)
+        check_tokenizers(load.tokenizer(self.teacher), tokenizer)
+        ids = self.input_ids(tokenizer, self.seed)
+        teacher = LiveTeacher(load.model(self.teacher, None, self.device, self.dtype))
+        model = self.adapted(load.model(self.model, None, self.device, self.dtype))
+        trainer = LrecTrainer(
+            model=model,
+            args=config,
+            teacher=teacher,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
+        )
+        result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        trainer.save_model(self.output_dir)
+        history = [
+            {k: row[k] for k in ("step", "loss", "kl", "learning_rate") if k in row}
+            for row in trainer.state.log_history
+            if "loss" in row
+        ]
+        return self.stamp(model, result, history)
+
+    def adapted(self, base):
+        """The base under new trainable adapters, started as `lora_init` says."""
+        import torch
+        from peft import LoraConfig, get_peft_model
+
+        from lrec import lowrank, prepare_model_for_training
+
+        targets = self.lora_target_modules
+        peft_config = LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_r if self.lora_alpha is None else self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=targets if targets == "all-linear" else targets.split(","),
+            task_type="CAUSAL_LM",
+        )
+        torch.manual_seed(self.seed)
+        model = get_peft_model(prepare_model_for_training(base), peft_config)
+        if self.lora_init == "closed_form":
+            factors = text.model_path(self.model) / assembly.LOWRANK
+            if not factors.exists():
+                raise ValueError(
+                    f"{self.model} holds no {assembly.LOWRANK} to start from; "
+                    f"use --lora_init zero, or quantize with --init_rank {self.lora_r}"
+                )
+            lowrank.initialise(model, lowrank.load(factors))
+        return model
+
+    def stamp(self, model, result, history: list[dict]) -> dict:
+        """Writes what the adapter was made for and how beside it; returns the report."""
+        import torch
+
+        base = model.get_base_model()
+        report = {
+            "base_model": self.model,
+            "teacher": self.teacher,
+            "packed_sha256": load.packed_sha256(base),
+            "lora_r": self.lora_r,
+            "lora_init": self.lora_init,
+            "dataset": self.dataset,
+            "num_steps": result.global_step,
+            "loss": result.training_loss,
+            "seconds": round(result.metrics["train_runtime"], 2),
+            "torch": torch.__version__,
+            "history": history,
+        }
+        checkpoint.write_json(Path(self.output_dir) / checkpoint.ADAPTER_STAMP, report)
+        return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Text, Place):
+    """`lrec evaluate`: perplexity, KL to the teacher, top-1 agreement, and size."""
+
+    model: str = field(metadata={"help": "packed or dense model"})
+    adapter: str | None = setting(None, "peft adapter on top of the model")
+    teacher: str | None = setting(None, "full-precision model to compare with")
+    num_samples: int | None = setting(24, "evaluation windows, spaced evenly over the text")
+    batch_size: int = setting(4, "windows in a forward pass")
+
+    def run(self) -> dict:
+        """The measured quality and size."""
+        from lrec import evaluate
+        from lrec.teacher import check_tokenizers
+
+        tokenizer = load.tokenizer(self.model)
+        if self.teacher:
+            check_tokenizers(load.tokenizer(self.teacher), tokenizer)
+        ids = self.input_ids(tokenizer, None)
+        start = time.monotonic()
+        model = load.model(self.model, self.adapter, self.device, self.dtype)
+        targets = None
+        if self.teacher:
+            teacher = load.model(self.teacher, None, self.device, self.dtype)
+            targets = evaluate.states(teacher, ids, self.batch_size, "teacher")
+        found = evaluate.quality(evaluate.states(model, ids, self.batch_size), ids, targets, self.batch_size)
+        size = {
+            "bits_per_weight": evaluate.bits_per_weight(model),
+            "total_bytes": total_bytes(self.model, self.adapter),
+        }
+        return found | size | {"seconds": round(time.monotonic() - start, 2)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """`lrec export`: what others can load."""
+
+    model: str = field(metadata={"help": "packed model"})
+    output_dir: str = field(metadata={"help": "new directory for the export"})
+    format: str = field(metadata={"help": "one of the files in lrec/export"})
+    adapter: str | None = setting(None, "peft adapter to export or to merge")
+
+    def run(self) -> dict:
+        """Writes the export; what it wrote."""
+        return export.export(
+            self.format, text.model_path(self.model), self.adapter and Path(self.adapter), Path(self.output_dir)
+        )
+
+
+def total_bytes(model: str, adapter: str | None) -> int:
+    """Bytes on disk of a model's weight files and its adapter's."""
+    return sum(
+        checkpoint.weights_bytes(path) for path in [text.model_path(model), *([Path(adapter)] if adapter else [])]
+    )
