@@ -54,7 +54,12 @@ class Pass:
         output_dir: Path,
         settings: PassSettings | None = None,
     ):
-        """Raises ValueError if the output directory holds anything but an unfinished run of this same pass."""
+        """Raises ValueError for a model that is packed already, or if the output directory holds anything but an
+        unfinished run of this same pass."""
+        if getattr(streamed.config, "quantization_config", None) is not None:
+            raise ValueError(
+                f"{streamed.directory} is already packed; quantize the full-precision model that it was made from"
+            )
         self.streamed, self.quantizer, self.calibration = streamed, quantizer, calibration
         self.settings = settings or PassSettings()
         self.about = {
