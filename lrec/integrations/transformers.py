@@ -10,6 +10,7 @@ the model's config then becomes that of a packed checkpoint, so that saving and 
 
 import copy
 import dataclasses
+import warnings
 from pathlib import Path
 
 import torch
@@ -142,7 +143,16 @@ class LrecHfQuantizer(HfQuantizer):
             "base_model": model.config._name_or_path,
             "base_revision": getattr(model.config, "_commit_hash", None),
         }
-        self.quantization_config.meta = origin | {"versions": versions, "bits_per_weight": bits_per_weight(layers)}
+        packed = sum(layer.in_features * layer.out_features for layer in layers.values())
+        share = packed / (packed + sum(p.numel() for p in model.parameters() if p.ndim > 1))
+        if share < 0.5:
+            warnings.warn(
+                f"only {share:.0%} of the weights are packed; embeddings, output and what is not an nn.Linear (fused "
+                "experts, say) stay as they are",
+                stacklevel=2,
+            )
+        measured = {"bits_per_weight": bits_per_weight(layers), "quantized_share": share}
+        self.quantization_config.meta = origin | {"versions": versions} | measured
         self.quantization_config.layers = group_by_spec({name: layer.spec for name, layer in layers.items()})
 
     def get_state_dict_and_metadata(self, model):

@@ -166,6 +166,19 @@ def test_mixed_precision_and_replaced_layers_are_saved_as_they_are(dense_dir, tm
     assert "packed_sha256" not in again.config.quantization_config.meta
 
 
+def test_weights_that_cannot_be_packed_are_reported(tmp_path):
+    config = transformers.MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, num_local_experts=4,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    attention, experts, other = 2 * 64 * 64 + 2 * 32 * 64, 4 * 3 * 96 * 64, 2 * 128 * 64 + 4 * 64
+    with pytest.warns(UserWarning, match="only 12% of the weights are packed"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=lrec.LrecQuantConfig(**INT3))
+    share = model.config.quantization_config.meta["quantized_share"]
+    assert share == attention / (attention + experts + other)
+
+
 def test_tied_embeddings_stay_tied(tmp_path):
     tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=lrec.LrecQuantConfig(**INT3))
