@@ -65,12 +65,11 @@ def quality(student: States, input_ids: Tensor, teacher: States | None = None, b
     return found if teacher is None else found | {"kl": kl, "top1_agreement": agreement}
 
 
-def bits_per_weight(model: nn.Module) -> float | None:
-    """Stored bits of the packed layers and of the adapter on them, per weight; None if no layer is packed."""
+def bits_per_weight(model: nn.Module, adapter_bytes: int = 0) -> float | None:
+    """Stored bits of the packed layers and of an adapter on them, per weight; None if no layer is packed."""
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
     weights = sum(m.in_features * m.out_features for m in packed)
-    adapter = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "lora_" in n)
-    return 8 * (sum(m.packed.nbytes for m in packed) + adapter) / weights if weights else None
+    return 8 * (sum(m.packed.nbytes for m in packed) + adapter_bytes) / weights if weights else None
 
 
 @torch.no_grad()

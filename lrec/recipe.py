@@ -109,7 +109,8 @@ class Recipe:
             model = load.model(name, lora)
             states = evaluate.states(model, ids, desc=stage)
             teacher = teacher or (states := states.kept())
-            bits = evaluate.bits_per_weight(model) or 8 * model.dtype.itemsize
+            added = checkpoint.weights_bytes(Path(lora)) if lora else 0
+            bits = evaluate.bits_per_weight(model, added) or 16.0
             size = {"bits_per_weight": bits, "bytes": total_bytes(name, lora), "seconds": time}
             rows.append({"model": stage, **evaluate.quality(states, ids, teacher), **size})
             for i, continuation in enumerate(evaluate.continuations(model, tokenizer, prompts)):
