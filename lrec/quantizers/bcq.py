@@ -26,7 +26,9 @@ class Bcq(Quantizer):
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     bits: int = setting(2, f"bit planes: 1 to {MAX_PLANES}")
-    group_size: int = setting(128, "columns that share an offset and scales, 16 or more; 0 for the whole row")
+    group_size: int = setting(
+        128, "columns that share an offset and scales, 16 or more (a shorter row is one group); 0: the row"
+    )
     iterations: int = setting(15, "least-squares fits, each followed by new codes")
 
     def __post_init__(self):

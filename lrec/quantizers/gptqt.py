@@ -26,7 +26,7 @@ WIDTH = 0.8
 REFITS = 3
 # How uneven a level set may be: widest over narrowest gap between neighbouring levels.
 MAX_GAP = 3
-# Weights fitted at a time; each has up to 80 candidates of 8 levels per group in work.
+# Weights fitted at a time; each group has up to 56 candidates of 16 levels in work.
 SLICE_WEIGHTS = 2**19
 
 
@@ -40,7 +40,9 @@ class GPTQT(Quantizer):
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     bits: int = setting(2, "bit planes: 1 to 4")
-    group_size: int = setting(128, "columns that share an offset and scales, 16 or more; 0 for the whole row")
+    group_size: int = setting(
+        128, "columns that share an offset and scales, 16 or more (a shorter row is one group); 0: the row"
+    )
     extra_bits: int = setting(2, "bits of the even grid beyond `bits`: 1 or 2")
     damp_percent: float = setting(0.01, "added to the Hessian's diagonal, as a share of its mean (0.01 is one percent)")
     act_order: bool = setting(True, "round the columns of the strongest input channels first")
@@ -62,7 +64,9 @@ class GPTQT(Quantizer):
         power_K = h_KK.diagonal()
         w_NK = w_NK.masked_fill(power_K == 0, 0)
         group_K = torch.arange(K, device=w_NK.device) // g
-        order_K = power_K.argsort(descending=True, stable=True) if self.act_order else torch.arange(K).to(w_NK.device)
+        order_K = (
+            power_K.argsort(descending=True, stable=True) if self.act_order else torch.arange(K, device=w_NK.device)
+        )
         r_KK, cost_K = factor(h_KK[order_K][:, order_K], self.damp_percent)
         alpha, offset = self.level_sets(w_NK, torch.empty_like(cost_K).index_copy_(0, order_K, cost_K), g)
         value, codes = levels(alpha.to(w_NK.dtype), offset.to(w_NK.dtype)).sort(-1)

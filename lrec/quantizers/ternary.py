@@ -19,7 +19,7 @@ class Ternary(Quantizer):
     """
 
     bits: int = setting(2, "codes -1, 0, 1 fit 2 bits and are stored in 1.6; this method has one width")
-    group_size: int = setting(128, "columns that share a scale, 16 or more; 0 for the whole row")
+    group_size: int = setting(128, "columns that share a scale, 16 or more (a shorter row is one group); 0: the row")
 
     def __post_init__(self):
         if self.bits != 2:

@@ -163,7 +163,7 @@ def read_outlier(p):
         for symbol in symbols[p.starts[tile] : p.starts[tile + 1]]:
             at += jump if symbol == jump else symbol + 1
             if symbol != jump:
-                outlier[at] = True
+                outlier[at // K * K + at % K * p.stride % K] = True
     outlier, q = outlier.view(N, K), rows_of(p.qweight, p.bits, K)
     n = torch.arange(N)[:, None]
     if p.table is not None:

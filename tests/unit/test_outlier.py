@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrec.formats import unpack_codes
-from lrec.formats.outlier import TILE, Outlier, encode_positions, expected_index_bits
+from lrec.formats.outlier import TILE, Outlier, encode_positions, expected_index_bits, golden_stride
 from lrec.quantizers.icquant import IcQuant, fit_grid, report
 from lrec.statistics import Statistics
 
@@ -65,6 +65,24 @@ def test_index_costs_what_the_formula_says(index_bits, published):
     bits = 8 * (packed.index.numel() + packed.starts.numel()) * 4 / (N * K)
     assert packed.index_bits_per_weight == pytest.approx(bits, rel=1e-12)
     assert packed.starts.numel() == math.ceil(N * K / TILE) + 1
+
+
+def test_crowded_columns_cost_no_more_than_even_ones():
+    torch.manual_seed(0)
+    N, K, count = 576, 576, 28
+    crowd = torch.linspace(0.3, 1, K).log()
+    noise = -(-torch.rand(N, K).log()).log()
+    outlier = torch.zeros(N, K, dtype=torch.bool).scatter_(1, (noise + 3 * crowd).topk(count).indices, True)
+    packed = Outlier.pack(torch.zeros(N, K, dtype=torch.uint8), outlier, torch.zeros(N, 2, 4), 2, 6)
+    expected = expected_index_bits(count / K, 6)
+    assert packed.index_bits_per_weight < 1.02 * expected
+    index, _ = encode_positions(outlier, 6, TILE)
+    assert 32 * index.numel() / (N * K) > 1.03 * expected, "not crowded enough to be a test"
+
+
+@pytest.mark.parametrize("K", [1, 2, 16, 41, 576, 1536, 4096, 14336])
+def test_the_walk_visits_every_column_once(K):
+    assert sorted(i * golden_stride(K) % K for i in range(K)) == list(range(K))
 
 
 def textbook_minmax(w, gamma, bits):
