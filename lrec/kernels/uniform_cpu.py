@@ -1,8 +1,8 @@
 """Uniform weights on the CPU in native code: few rows of x by fields in registers, more by decoded panels and sgemm.
 
-Up to `GEMV_ROWS` rows the product reads the packed weight once and nothing of size N*K exists. Above, and for gradients,
-a panel of rows of W is decoded and multiplied by torch; decoding costs a fixed time per panel, which the rows of x
-share. Both compute in float32; half and bfloat16 x are converted on the way in and out.
+Up to `GEMV_ROWS` rows the product reads the packed weight once and nothing of size N*K exists. Above, and for
+gradients, a panel of rows of W is decoded and multiplied by torch; decoding costs a fixed time per panel, which the
+rows of x share. Both compute in float32; half and bfloat16 x are converted on the way in and out.
 """
 
 from torch import Tensor

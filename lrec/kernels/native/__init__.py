@@ -16,6 +16,7 @@ from lrec.formats.uniform import Uniform
 ABI = 1
 GEMV_ROWS = 8
 PANEL_WEIGHTS = 2**20
+SINGLE_THREAD_WEIGHTS = 2**20
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PATH = Path(__file__).with_name("liblrec_native.so")
 BUILD_LOG = Path(__file__).with_name("build.log")
@@ -84,12 +85,12 @@ def uniform(packed: Uniform) -> UniformWeight:
 
 
 def threads(num_weights: int) -> int:
-    """Threads for a product with so many weights: torch's setting, or one where waking others costs more than it saves."""
-    return 1 if num_weights < 2**20 else torch.get_num_threads()
+    """Threads for so many weights: torch's setting, or one where waking others costs more than it saves."""
+    return 1 if num_weights < SINGLE_THREAD_WEIGHTS else torch.get_num_threads()
 
 
 def decode(function, weight: ctypes.Structure, start: int, stop: int, out: Tensor) -> None:
-    """Writes rows start <= n < stop of the decoded weight to the first rows of `out`, contiguous float32 of K columns."""
+    """Writes rows start <= n < stop of the decoded weight to the first rows of `out`, contiguous float32 (n, K)."""
     function(weight, start, stop, out.data_ptr(), threads((stop - start) * out.shape[1]))
 
 

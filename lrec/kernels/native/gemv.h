@@ -135,7 +135,6 @@ template <class Product>
 void gemv_rows(const LrecUniform& w, char* prepared, int64_t T, int64_t first, int64_t last, float* scratch, float* y, int64_t ldy) {
     if (T == 1) gemv<Product, 1>(w, prepared, first, last, scratch, y, ldy);
     else if (T == 2) gemv<Product, 2>(w, prepared, first, last, scratch, y, ldy);
-    else if (T == 3) gemv<Product, 3>(w, prepared, first, last, scratch, y, ldy);
     else gemv<Product, 4>(w, prepared, first, last, scratch, y, ldy);
 }
 

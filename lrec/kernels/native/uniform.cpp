@@ -50,8 +50,8 @@ void decode_row(const LrecUniform& w, int64_t n, float* grid, float* out) {
 // The product in AVX2; false if that does not serve.
 bool gemv_avx2(const LrecUniform& w, const avx2::Gemv& kernel, const float* x, int64_t T, int64_t ldx, float* y, int64_t ldy, int32_t threads) {
     if (!use_avx2() || !avx2::serves(w)) return false;
-    for (int64_t t = 0; t < T; t += avx2::MAX_ROWS) {
-        const int64_t rows = std::min(avx2::MAX_ROWS, T - t);
+    for (int64_t t = 0, rows; t < T; t += rows) {
+        rows = T - t >= 4 ? 4 : T - t >= 2 ? 2 : 1;
         std::vector<char> prepared(kernel.prepared_bytes(w, rows));
         kernel.prepare(w, x + t * ldx, rows, ldx, prepared.data());
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -47,9 +47,9 @@ bool serves(const LrecUniform& w);
 // Row n by the definition, all K columns.
 void decode_row(const LrecUniform& w, int64_t n, const float* scale, const float* zero, float* out);
 
-// A product with T <= MAX_ROWS rows of x: lay x out in `prepared` once, then take rows first <= n < last of W against it,
+// A product with T = 1, 2 or 4 rows of x: lay x out in `prepared` once, then take rows first <= n < last of W against it,
 // CHUNK of them at a time, `first` a multiple of that: so many zeros packed along N fill whole words.
-constexpr int64_t MAX_ROWS = 4, CHUNK = 32;
+constexpr int64_t CHUNK = 32;
 struct Gemv {
     int64_t (*prepared_bytes)(const LrecUniform& w, int64_t T);
     void (*prepare)(const LrecUniform& w, const float* x, int64_t T, int64_t ldx, char* prepared);
