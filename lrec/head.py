@@ -16,7 +16,7 @@ from lrec import kernels
 from lrec.formats import Packed
 from lrec.nn import PackedLinear
 
-SLICE_WEIGHTS = 2**21  # weights of a half-precision head that are cast to float32 at once
+SLICE_WEIGHTS = 2**20  # weights of a half-precision head that are cast to float32 at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,35 +48,38 @@ class Head:
         config = model.config.get_text_config()
         return cls(weight, bias, getattr(config, "final_logit_softcapping", None), _logit_scale(config))
 
-    def logits(self, hidden_nH: Tensor) -> Tensor:
-        """l of shape (n, V), float32 or float64."""
+    def logits(self, hidden_nH: Tensor, out: Tensor | None = None) -> Tensor:
+        """l of shape (n, V), float32 or float64, in `out` if it is given."""
         x_nH = hidden_nH.to(torch.promote_types(hidden_nH.dtype, torch.float32))
-        z_nV = _project(x_nH, self.weight)
+        z_nV = _project(x_nH, self.weight, out=out)
         if self.bias is not None:
             z_nV += self.bias
         if self.scale != 1:
             z_nV *= self.scale
         return z_nV if self.softcap is None else z_nV.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def slope(self, logits_nV: Tensor) -> Tensor | float:
-        """dl/d(h W^T) at these logits: scale * (1 - (l / cap)^2)."""
+    def slope(self, logits_nV: Tensor, out: Tensor | None = None) -> Tensor:
+        """dl/d(h W^T) at these logits: scale * (1 - (l / cap)^2), or scale alone, of shape (1,), without a cap."""
         if self.softcap is None:
-            return self.scale
-        return (logits_nV / self.softcap).square_().neg_().add_(1).mul_(self.scale)
+            return logits_nV.new_tensor([self.scale])
+        return torch.div(logits_nV, self.softcap, out=out).square_().neg_().add_(1).mul_(self.scale)
 
     def backward(self, grad_nV: Tensor) -> Tensor:
         """dL/dh of shape (n, H) from dL/d(h W^T), which is dL/dl times `slope`."""
         return _project(grad_nV, self.weight, transpose=True)
 
 
-def _project(x: Tensor, weight: Tensor | Packed, transpose: bool = False) -> Tensor:
+def _project(x: Tensor, weight: Tensor | Packed, transpose: bool = False, out: Tensor | None = None) -> Tensor:
     if isinstance(weight, Packed):
-        return kernels.matmul(x, weight, transpose)
+        y = kernels.matmul(x, weight, transpose)
+        return y if out is None else out.copy_(y)
     if weight.dtype == x.dtype:
-        return x @ (weight if transpose else weight.t())
+        return torch.mm(x, weight if transpose else weight.t(), out=out)
     V, H = weight.shape
-    y = x.new_zeros(len(x), H if transpose else V)
+    y = x.new_empty(len(x), H if transpose else V) if out is None else out
     step = max(1, SLICE_WEIGHTS // H)
+    if transpose:
+        y.zero_()
     for rows in (slice(v, v + step) for v in range(0, V, step)):
         w = weight[rows].to(x.dtype)
         if transpose:

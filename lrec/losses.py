@@ -25,31 +25,50 @@ from lrec import registry
 from lrec.head import Head
 
 IGNORE = -100
-CHUNK_LOGITS = 2**22  # 16 MB of float32: three such buffers live at once, one more each for CE, JSD and a soft cap
+CHUNK_LOGITS = 3 * 2**20  # 12 MB of float32: three buffers of it for a KL, one more each for CE, JSD and a soft cap
 
 
-def forward_kl(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+class Workspace:
+    """Buffers for the logits of a chunk, (rows, V), made at first use and used again for every chunk.
+
+    A fresh allocation per chunk would do too, were it not that malloc keeps a varying number of freed ones.
+    """
+
+    def __init__(self, like: Tensor, rows: int, vocab_size: int):
+        self.like, self.shape = like, (rows, vocab_size)
+        self.dtype = torch.promote_types(like.dtype, torch.float32)
+        self.buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, rows: int) -> Tensor:
+        """The first `rows` rows of the buffer of this name, holding whatever they held."""
+        if name not in self.buffers:
+            self.buffers[name] = self.like.new_empty(self.shape, dtype=self.dtype)
+        return self.buffers[name][:rows]
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor, beta: float, space: Workspace) -> tuple[Tensor, Tensor]:
     """KL(p || q) = sum p (log p - log q) per row, and its gradient q - p in the logits of q; uses its arguments up."""
-    p = log_p.exp()
+    p = torch.exp(log_p, out=space("spare", len(log_p)))
     value = log_p.sub_(log_q).mul_(p).sum(-1)
     grad = log_q.exp_().sub_(p)
     # sum(q - p) is zero but for rounding: it cancels the error that a log-sum-exp brings to every log q of a row alike.
     return value + grad.sum(-1), grad
 
 
-def reverse_kl(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def reverse_kl(log_p: Tensor, log_q: Tensor, beta: float, space: Workspace) -> tuple[Tensor, Tensor]:
     """R = KL(q || p) = sum q (log q - log p) per row, and q (log q - log p - R); uses its arguments up."""
-    q = log_q.exp()
+    q = torch.exp(log_q, out=space("spare", len(log_q)))
     ratio = log_q.sub_(log_p)
     value = torch.mul(q, ratio, out=log_p).sum(-1)
     return value, ratio.sub_(value[:, None]).mul_(q)
 
 
-def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def jsd(log_p: Tensor, log_q: Tensor, beta: float, space: Workspace) -> tuple[Tensor, Tensor]:
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, per row, and its gradient
     (1 - beta) q (log q - log m - KL(q || m)); uses its arguments up. Agarwal et al., 2306.13649, equation 1."""
-    log_m = torch.logaddexp(log_p.add_(log(beta)), log_q.add_(log(1 - beta)))
-    weight = log_p.exp()
+    n = len(log_p)
+    log_m = torch.logaddexp(log_p.add_(log(beta)), log_q.add_(log(1 - beta)), out=space("mixture", n))
+    weight = torch.exp(log_p, out=space("spare", n))
     value = log_p.sub_(log_m).sub_(log(beta)).mul_(weight).sum(-1)
     torch.exp(log_q, out=weight)
     ratio = log_q.sub_(log_m).sub_(log(1 - beta))
@@ -62,7 +81,7 @@ DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}
 
 @dataclass(frozen=True)
 class Objective:
-    """What is summed, and how: see the equation at the top. `beta` is jsd's; `chunk_tokens` None means 16 MB of logits.
+    """What is summed, and how: see the equation at the top. `beta` is jsd's; `chunk_tokens` None means 12 MB of logits.
 
     Raises ValueError for an unknown divergence or numbers out of range.
     """
@@ -102,23 +121,39 @@ class Targets:
     hidden: Tensor
     head: Head
 
-    def divergence(self, logits_nV: Tensor, rows_n: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    def divergence(
+        self, logits_nV: Tensor, rows_n: Tensor, objective: Objective, space: Workspace
+    ) -> tuple[Tensor, Tensor]:
         """D between teacher and student at the tokens `rows_n`, (n,), and its gradient in the student's logits (n, V).
 
-        The student's logits are used up."""
-        t_nV = self.head.logits(self.hidden[rows_n.to(self.hidden.device)]).to(logits_nV)
-        if t_nV.shape != logits_nV.shape:
+        The student's logits are used up; the buffers of `space` but "student", "slope" and "ce" are free to use."""
+        t_nV = self.logits(rows_n, logits_nV, space)
+        if objective.temperature != 1:
+            t_nV, logits_nV = t_nV.div_(objective.temperature), logits_nV.div_(objective.temperature)
+        log_p, log_q = _log_softmax_(t_nV, space), _log_softmax_(logits_nV, space)
+        value, grad = DIVERGENCES[objective.divergence](log_p, log_q, objective.beta, space)
+        return value, grad if objective.temperature == 1 else grad.div_(objective.temperature)
+
+    def logits(self, rows_n: Tensor, student_nV: Tensor, space: Workspace) -> Tensor:
+        """The teacher's logits (n, V) where the student's are, on its device and in its dtype.
+
+        Raises ValueError if the vocabularies differ."""
+        if self.head.weight.shape[0] != student_nV.shape[1]:
             raise ValueError(
-                f"the teacher has {t_nV.shape[1]} logits, but the student {logits_nV.shape[1]}; "
+                f"the teacher has {self.head.weight.shape[0]} logits, but the student {student_nV.shape[1]}; "
                 "choose a teacher with the student's vocabulary"
             )
-        log_p, log_q = (_log_softmax_(z.div_(objective.temperature)) for z in (t_nV, logits_nV))
-        value, grad = DIVERGENCES[objective.divergence](log_p, log_q, objective.beta)
-        return value, grad.div_(objective.temperature)
+        hidden = self.hidden[rows_n.to(self.hidden.device)].to(student_nV.dtype)
+        out = space("teacher", len(rows_n))
+        if hidden.device == out.device:
+            return self.head.logits(hidden, out)
+        return out.copy_(self.head.logits(hidden))
 
 
-def _log_softmax_(z: Tensor) -> Tensor:
-    return z.sub_(z.logsumexp(-1, keepdim=True))
+def _log_softmax_(z: Tensor, space: Workspace) -> Tensor:
+    top = z.amax(-1, keepdim=True)
+    total = torch.sub(z, top, out=space("spare", len(z))).exp_().sum(-1, keepdim=True)
+    return z.sub_(total.log_().add_(top))
 
 
 class LossSum(NamedTuple):
@@ -156,28 +191,27 @@ def shift_labels(labels_BL: Tensor) -> Tensor:
     return nn.functional.pad(labels_BL[:, 1:], (0, 1), value=IGNORE).flatten()
 
 
-def chunk_rows(vocab_size: int, chunk_tokens: int | None = None) -> int:
-    """Tokens whose logits are made at once."""
-    return chunk_tokens or max(16, CHUNK_LOGITS // vocab_size)
+def _space(hidden_TH: Tensor, head: Head, chunk_tokens: int | None) -> Workspace:
+    vocab_size = head.weight.shape[0]
+    rows = chunk_tokens or max(16, CHUNK_LOGITS // vocab_size)
+    return Workspace(hidden_TH, min(rows, len(hidden_TH)) or 1, vocab_size)
 
 
 class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH, head, targets, labels_T, index, objective):
-        wide = torch.promote_types(hidden_TH.dtype, torch.float32)
-        kl_T, ce_T = hidden_TH.new_zeros(2, len(index), dtype=wide)
+        space = _space(hidden_TH, head, objective.chunk_tokens)
+        kl_T, ce_T = hidden_TH.new_zeros(2, len(index), dtype=space.dtype)
         grad_TH = torch.zeros_like(hidden_TH) if ctx.needs_input_grad[0] else None
-        step = chunk_rows(head.weight.shape[0], objective.chunk_tokens)
         with torch.autocast(hidden_TH.device.type, enabled=False):
-            for start in range(0, len(index), step):
-                part = slice(start, start + step)
+            for start in range(0, len(index), space.shape[0]):
+                part = slice(start, start + space.shape[0])
                 rows = index[part]
-                logits = head.logits(hidden_TH[rows])
-                kl_T[part], ce_T[part], grad = _chunk(logits, head, targets, rows, labels_T, objective)
-                del logits
+                logits = head.logits(hidden_TH[rows], space("student", len(rows)))
+                slope = head.slope(logits, space("slope", len(rows)) if head.softcap else None)
+                kl_T[part], ce_T[part], grad = _chunk(logits, rows, targets, labels_T, objective, space)
                 if grad_TH is not None:
-                    grad_TH[rows] = head.backward(grad).to(grad_TH.dtype)
-                del grad
+                    grad_TH[rows] = head.backward(grad.mul_(slope)).to(grad_TH.dtype)
         ctx.save_for_backward(*([] if grad_TH is None else [grad_TH]))
         kl, ce = kl_T.sum(), ce_T.sum()
         ctx.mark_non_differentiable(kl, ce)
@@ -190,24 +224,21 @@ class _ChunkedSum(torch.autograd.Function):
         return grad_TH * grad_loss.to(grad_TH.dtype), None, None, None, None, None
 
 
-def _chunk(logits, head, targets, rows, labels_T, objective) -> tuple[Tensor | float, Tensor | float, Tensor]:
-    slope = head.slope(logits)
+def _chunk(
+    logits: Tensor, rows: Tensor, targets: Targets | None, labels_T: Tensor, objective: Objective, space: Workspace
+) -> tuple[Tensor | float, Tensor | float, Tensor]:
     kl = ce = 0.0
     grads = []
     if objective.ce_weight:
-        ce, grad = _cross_entropy(logits, labels_T[rows])
+        labels = labels_T[rows, None]
+        log_q = _log_softmax_(space("ce", len(rows)).copy_(logits), space)
+        ce = -log_q.gather(1, labels)[:, 0]
+        grad = log_q.exp_().scatter_add_(1, labels, -log_q.new_ones(len(rows), 1))
         grads.append(grad.mul_(objective.ce_weight))
     if objective.kl_weight:
-        kl, grad = targets.divergence(logits, rows, objective)
+        kl, grad = targets.divergence(logits, rows, objective, space)
         grads.append(grad.mul_(objective.kl_weight))
-    grad = grads[0] if len(grads) == 1 else grads[0].add_(grads[1])
-    return kl, ce, grad if isinstance(slope, float) and slope == 1 else grad.mul_(slope)
-
-
-def _cross_entropy(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
-    log_q = logits_nV.log_softmax(-1)
-    value = -log_q.gather(1, labels_n[:, None])[:, 0]
-    return value, log_q.exp_().scatter_add_(1, labels_n[:, None], -log_q.new_ones(len(log_q), 1))
+    return kl, ce, grads[0] if len(grads) == 1 else grads[0].add_(grads[1])
 
 
 @torch.no_grad()
@@ -224,17 +255,16 @@ def token_metrics(
     Tokens labelled -100 have zeros. Without a teacher the last two are None.
     """
     index = (labels_T != IGNORE).nonzero().flatten()
-    wide = torch.promote_types(student_hidden_TH.dtype, torch.float32)
-    nll_T = student_hidden_TH.new_zeros(len(labels_T), dtype=wide)
+    space = _space(student_hidden_TH, student_head, chunk_tokens)
+    nll_T = student_hidden_TH.new_zeros(len(labels_T), dtype=space.dtype)
     kl_T, agree_T = torch.zeros_like(nll_T), torch.zeros_like(labels_T, dtype=torch.bool)
-    for rows in index.split(chunk_rows(student_head.weight.shape[0], chunk_tokens)):
-        log_q = _log_softmax_(student_head.logits(student_hidden_TH[rows]))
+    targets = None if teacher_hidden_TH is None else Targets(teacher_hidden_TH, teacher_head)
+    for rows in index.split(space.shape[0]):
+        log_q = _log_softmax_(student_head.logits(student_hidden_TH[rows], space("student", len(rows))), space)
         nll_T[rows] = -log_q.gather(1, labels_T[rows, None])[:, 0]
-        if teacher_hidden_TH is not None:
+        if targets is not None:
             top_q = log_q.argmax(-1)
-            log_p = _log_softmax_(teacher_head.logits(teacher_hidden_TH[rows.to(teacher_hidden_TH.device)]).to(log_q))
+            log_p = _log_softmax_(targets.logits(rows, log_q, space), space)
             agree_T[rows] = top_q == log_p.argmax(-1)
-            kl_T[rows] = forward_kl(log_p, log_q, 0)[0]
-            del log_p
-        del log_q
-    return (nll_T, None, None) if teacher_hidden_TH is None else (nll_T, kl_T, agree_T)
+            kl_T[rows] = forward_kl(log_p, log_q, 0, space)[0]
+    return (nll_T, None, None) if targets is None else (nll_T, kl_T, agree_T)

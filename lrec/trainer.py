@@ -37,7 +37,7 @@ class LrecConfig(SFTConfig):
     )
     beta: float = field(default=0.5, metadata={"help": "The teacher's share in the mixture of jsd."})
     loss_chunk_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens whose logits are made at once (none: 16 MB of them)."}
+        default=None, metadata={"help": "Tokens whose logits are made at once (none: 12 MB of them)."}
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "The peak learning rate of the adapters."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
