@@ -33,14 +33,16 @@ def factor(
     if not 1 <= rank <= min(N, K):
         raise ValueError(f"rank = {rank} does not fit a weight of shape {(N, K)}; allowed: 1 to {min(N, K)}")
     d_NK = residual_NK.double()
-    if hessian_KK is None:
-        r_KK = torch.eye(K, dtype=torch.float64, device=d_NK.device)
-    else:
-        h_KK = hessian_KK.to(d_NK)
-        r_KK = h_KK + damping * h_KK.diagonal().mean() * torch.eye(K, dtype=torch.float64, device=d_NK.device)
     # A tall residual has rank K at most: in a basis of its columns' span the eigenproblem is of size K.
     basis, core = torch.linalg.qr(d_NK) if N > K else (None, d_NK)
-    gram = core @ r_KK @ core.t()
+    if hessian_KK is None:
+        gram = core @ core.t()
+    else:
+        # One copy of the Hessian in float64 is the largest tensor here; it is damped in place.
+        r_KK = hessian_KK.to(d_NK, copy=True)
+        r_KK.diagonal().add_(damping * r_KK.diagonal().mean())
+        gram = core @ r_KK @ core.t()
+        del r_KK
     if not gram.isfinite().all():
         raise ValueError("the residual or the Hessian holds NaN or infinity; check the weight and the calibration data")
     u = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)

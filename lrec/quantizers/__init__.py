@@ -5,7 +5,7 @@ statistics it wants, and `quantize` is a pure function of tensors (no model, no 
 quantizers of the uniform format share, the search of the grid above all, stands here.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from lrec import registry
 from lrec.formats import Packed, uniform
 from lrec.formats.uniform import Uniform
+from lrec.options import setting
 from lrec.statistics import Statistics
 
 # What the mse search tries, in this order: clip ratios (the full range first, so that it wins a tie), zero points
@@ -26,11 +27,6 @@ SLICE_WEIGHTS = 2**17
 # A float zero beyond this many steps would lose its fraction in fp16. Groups so narrow and so far from zero that the
 # min-max grid came to half of it get the range from zero on instead, as with an integer zero.
 ZERO_LIMIT = 2048
-
-
-def setting(default, help: str):
-    """A settings field: its default, and the help text that the command line shows for its flag."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,7 @@ class GPTQ(UniformQuantizer):
         w_NK = w_NK.masked_fill(power_K == 0, 0)
         order_K = power_K.argsort(descending=True, stable=True) if self.act_order else torch.arange(len(power_K))
         order_K = order_K.to(w_NK.device)
-        r_KK, cost_K = factor(h_KK[order_K][:, order_K], self.damp_percent)
+        r_KK, cost_K = factor(h_KK[order_K[:, None], order_K], self.damp_percent)
         scale_NG, zero_NG = self.grid(w_NK, torch.empty_like(cost_K).index_copy_(0, order_K, cost_K))
         columns = [per_column(g, len(order_K), self.group_size, w_NK.dtype) for g in (scale_NG, zero_NG)]
         in_order = [t[:, order_K].t().contiguous() for t in (w_NK, *columns)]
@@ -73,17 +73,19 @@ def factor(h_KK: Tensor, damp_percent: float) -> tuple[Tensor, Tensor]:
     power_K = h_KK.diagonal()
     mean = power_K.mean()
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    h_KK = h_KK + torch.diag(torch.where(power_K == 0, mean, damp_percent * mean))
     # Cholesky gives lower factors; reversing the order of the columns before and after makes it the upper one.
-    lower_KK, info = torch.linalg.cholesky_ex(h_KK.flip(0, 1))
+    flipped_KK = h_KK.flip(0, 1)
+    flipped_KK.diagonal().add_(torch.where(power_K == 0, mean, damp_percent * mean).flip(0))
+    lower_KK, info = torch.linalg.cholesky_ex(flipped_KK)
+    del flipped_KK
     if info or not lower_KK.isfinite().all():
         raise ValueError(
             f"the Hessian with damp_percent = {damp_percent} is not positive definite (Cholesky failed); "
             f"use a larger damp_percent, such as {max(10 * damp_percent, 0.01):g}, or more calibration tokens"
         )
     upper_KK = lower_KK.flip(0, 1)
-    pivot_K = upper_KK.diagonal()
-    return upper_KK / pivot_K, pivot_K.square()
+    pivot_K = upper_KK.diagonal().clone()
+    return upper_KK.div_(pivot_K), pivot_K.square()
 
 
 def round_columns(w_KN: Tensor, scale_KN: Tensor, zero_KN: Tensor, r_KK: Tensor, bits: int, block_size: int) -> Tensor:
