@@ -16,6 +16,7 @@ VERBS = {
     "evaluate": "perplexity, KL to the teacher and top-1 agreement on held-out text",
     "export": "write what others can load: a peft adapter, a dense merged model",
     "inspect": "what a packed model holds: bits, bytes, layers",
+    "bench": "bench kernels, bench step: speed here beside peers, measured in the same run",
     "explain": "which kernel serves each layer here, and why faster ones stand aside",
 }
 
@@ -68,6 +69,22 @@ def inspect(values: dict) -> dict:
     return options.fill(values, Inspect)[0].run()
 
 
+def bench(values: dict) -> dict:
+    """`lrec bench kernels` and `lrec bench step`."""
+    what = str(values.pop("what", "nothing"))
+    if what not in benches():
+        raise ValueError(registry.nearest(what, benches(), "bench"))
+    return options.fill(values, benches()[what])[0].run()
+
+
+def benches() -> dict[str, type]:
+    """What `lrec bench` can measure."""
+    from lrec.bench.kernels import Kernels
+    from lrec.bench.step import Step
+
+    return {"kernels": Kernels, "step": Step}
+
+
 def explain(values: dict) -> dict:
     """`lrec explain`."""
     from lrec.report import Explain
@@ -92,6 +109,7 @@ def help_text(verb: str | None, values: dict) -> str:
         "train": lambda: (runs.Train,),
         "evaluate": lambda: (runs.Evaluate,),
         "export": lambda: (runs.Export,),
+        "bench": lambda: tuple(benches().values()),
         "inspect": lambda: (report.Inspect,),
         "explain": lambda: (report.Explain,),
     }[verb]()
@@ -125,6 +143,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb is not None and verb not in VERBS:
             raise ValueError(registry.nearest(verb, VERBS, "verb"))
+        if verb == "bench" and words and not words[0].startswith("-"):
+            words[0] = f"--what={words[0]}"
         values = options.settings(words)
         if values.pop("help", False) or verb is None:
             print(help_text(verb, values))

@@ -148,6 +148,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_bytes(place, tmp_path, monkeypa
         (["quantize", "--model", "Q", "--output_dir", "x"], "already"),
         (["evaluate", "--model", "Q", "--adapter", "M"], "is not a peft adapter"),
         (["train", "--model", "Q", "--output_dir", "x"], "missing --teacher"),
+        (["bench", "kernel"], "Did you mean 'kernels'"),
         (["inspect", "--model", "M"], "is not packed by lrec"),
         (["export", "--model", "Q", "--format", "adapter", "--output_dir", "x"], "needs --adapter"),
         (["export", "--model", "Q", "--format", "ggml", "--output_dir", "x"], "unknown export 'ggml'"),
