@@ -70,6 +70,7 @@ class Train(Text, Place):
     lora_init: Literal["closed_form", "zero"] = setting(
         "closed_form", "start from the factors stored with the packed model, or from zero"
     )
+    gradient_checkpointing: bool = setting(True, "recompute blocks in the backward pass instead of keeping activations")
     seed: int = setting(0, "of the choice and order of windows and of the adapters")
 
     def run(self, config) -> dict:
@@ -129,7 +130,8 @@ class Train(Text, Place):
             task_type="CAUSAL_LM",
         )
         torch.manual_seed(self.seed)
-        model = get_peft_model(prepare_model_for_training(base), peft_config)
+        base = prepare_model_for_training(base, use_gradient_checkpointing=self.gradient_checkpointing)
+        model = get_peft_model(base, peft_config)
         if self.lora_init == "closed_form":
             factors = text.model_path(self.model) / assembly.LOWRANK
             if not factors.exists():

@@ -13,7 +13,13 @@ from lrec.quantizers.gptq import GPTQ
 from lrec.recipe import Recipe
 from lrec.trainer import LrecConfig
 
-recipe = Recipe(model="smollm2", output_dir="runs/smollm2_135m_int2", lora_r=32, test_samples=16)
+recipe = Recipe(
+    model="smollm2",
+    output_dir="runs/smollm2_135m_int2",
+    test_samples=16,
+    lora_r=32,
+    gradient_checkpointing=False,  # a model this small need not trade time for memory
+)
 quantizer = GPTQ(bits=2, group_size=64)
 training = LrecConfig(
     output_dir="runs/smollm2_135m_int2/adapter",
@@ -21,7 +27,6 @@ training = LrecConfig(
     per_device_train_batch_size=2,
     learning_rate=1e-3,
     logging_steps=8,
-    gradient_checkpointing=False,  # a model this small need not trade time for memory
 )
 
 if __name__ == "__main__":
