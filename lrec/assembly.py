@@ -74,6 +74,11 @@ class Assembly:
                 for row in self.progress["blocks"][index]
             }
 
+    def factors(self, index: int) -> lowrank.Factors:
+        """The low-rank factors of a block that is done, by full name; empty if none were asked for."""
+        path = self._factor_file(index)
+        return lowrank.load(path) if path.exists() else {}
+
     def finish(self, rest: dict[str, Tensor], config, about: dict, base_dir: Path, quantized_share: float) -> dict:
         """Writes what is in no block, tokenizer, config, index, report and manifest; returns the report.
 

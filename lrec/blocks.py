@@ -40,6 +40,9 @@ class PassSettings:
     """How the pass runs, whatever the quantizer."""
 
     init_rank: int = setting(32, "rank of the closed-form adapter factors stored with the model (0: none)")
+    correct_stream: bool = setting(
+        False, "let later blocks see outputs corrected by the factors: better with adapters, worse without them"
+    )
     batch_size: int = setting(4, "windows run through a block at once")
 
 
@@ -90,10 +93,13 @@ class Pass:
                 for name, packed in self.assembly.packed(index).items():
                     prefix = f"{streamed.anatomy.name(index)}."
                     replace(block, name.removeprefix(prefix), packed.to(streamed.device))
+                factors = self.assembly.factors(index)
             else:
                 rows, factors = self._quantize(block, index, states, calls[index])
                 self.assembly.save(self._tensors(block, index), rows, factors, time.monotonic() - start)
             dense += sum(p.numel() for p in block.parameters() if p.ndim >= 2)
+            if self.settings.correct_stream:
+                correct(block, streamed.anatomy.name(index), factors)
             advance(block, streamed.anatomy.name(index), states, calls[index])
             streamed.free(index)
         weights = sum(row["shape"][0] * row["shape"][1] for row in self.assembly.rows)
@@ -133,6 +139,18 @@ class Pass:
         ids = hashlib.sha256(self.calibration.input_ids.numpy().tobytes()).hexdigest()
         parts = [self.about, asdict(self.settings), ids, str(self.streamed.dtype)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def correct(block: nn.Module, name: str, factors: lowrank.Factors) -> None:
+    """Adds B A x to the output of each of the block's linears that has factors (A, B) by its full name."""
+    for linear, module in anatomy.linears(block).items():
+        if f"{name}.{linear}" in factors:
+            a_RK, b_NR = (factor.to(module.qweight.device) for factor in factors[f"{name}.{linear}"])
+
+            def add(_, args, out, a_RK=a_RK, b_NR=b_NR):
+                return out + (args[0] @ a_RK.to(out.dtype).t()) @ b_NR.to(out.dtype).t()
+
+            module.register_forward_hook(add)
 
 
 @torch.no_grad()

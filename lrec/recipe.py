@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lrec import assembly, checkpoint, load, report
+from lrec.blocks import PassSettings
 from lrec.options import setting
 from lrec.quantizers import Quantizer
 from lrec.runs import Export, Quantize, Text, Train, total_bytes
@@ -32,7 +33,7 @@ class Recipe:
     prompts: str = setting("The history of|Water is|In mathematics, a", "texts to continue side by side, parted by |")
     seed: int = setting(0, "of the choice of text and of the adapters")
 
-    def run(self, quantizer: Quantizer, config) -> list[dict]:
+    def run(self, quantizer: Quantizer, config, passing: PassSettings | None = None) -> list[dict]:
         """Runs all stages and prints the table and continuations; `config` is the LrecConfig of the training.
 
         Under several processes the first one quantizes and evaluates, all of them train. Returns the table's rows.
@@ -42,7 +43,7 @@ class Recipe:
         load.quiet()
         state = PartialState()
         with state.main_process_first():
-            self.quantize(quantizer)
+            self.quantize(quantizer, passing)
         self.train(config)
         state.wait_for_everyone()
         if not state.is_main_process:
@@ -63,7 +64,7 @@ class Recipe:
         """The directory of a stage."""
         return f"{self.output_dir}/{stage}"
 
-    def quantize(self, quantizer: Quantizer) -> None:
+    def quantize(self, quantizer: Quantizer, passing: PassSettings | None) -> None:
         """Makes the packed model unless it is there."""
         if not (Path(self.path("packed")) / checkpoint.MANIFEST).exists():
             Quantize(
@@ -74,7 +75,7 @@ class Recipe:
                 num_samples=self.num_samples,
                 max_length=self.max_length,
                 seed=self.seed,
-            ).run(quantizer)
+            ).run(quantizer, passing)
 
     def train(self, config) -> None:
         """Trains the adapter unless it is there."""

@@ -10,6 +10,7 @@ about 18 GB. Measured: not yet on a 7B; the same code is measured in lrec_smollm
 import sys
 
 from lrec import options
+from lrec.blocks import PassSettings
 from lrec.quantizers.gptq import GPTQ
 from lrec.recipe import Recipe
 from lrec.trainer import LrecConfig
@@ -25,6 +26,7 @@ recipe = Recipe(
     lora_r=32,
 )
 quantizer = GPTQ(bits=2, group_size=64)
+passing = PassSettings(init_rank=32, correct_stream=True)
 training = LrecConfig(
     output_dir="runs/llama7b_int2/adapter",
     max_steps=500,
@@ -34,5 +36,5 @@ training = LrecConfig(
 )
 
 if __name__ == "__main__":
-    recipe, quantizer, training = options.fill(options.settings(sys.argv[1:]), recipe, quantizer, training)
-    recipe.run(quantizer, training)
+    parts = options.fill(options.settings(sys.argv[1:]), recipe, quantizer, training, passing)
+    parts[0].run(*parts[1:])

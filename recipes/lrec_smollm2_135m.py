@@ -9,6 +9,7 @@ Measured (AMD EPYC, 2 cores, 2026-11-22): KL to the teacher 1.96 quantized, RESU
 import sys
 
 from lrec import options
+from lrec.blocks import PassSettings
 from lrec.quantizers.gptq import GPTQ
 from lrec.recipe import Recipe
 from lrec.trainer import LrecConfig
@@ -21,14 +22,15 @@ recipe = Recipe(
     gradient_checkpointing=False,  # a model this small need not trade time for memory
 )
 quantizer = GPTQ(bits=2, group_size=64)
+passing = PassSettings(init_rank=32, correct_stream=True)
 training = LrecConfig(
     output_dir="runs/smollm2_135m_int2/adapter",
-    max_steps=96,
+    max_steps=68,
     per_device_train_batch_size=2,
     learning_rate=1e-3,
     logging_steps=8,
 )
 
 if __name__ == "__main__":
-    recipe, quantizer, training = options.fill(options.settings(sys.argv[1:]), recipe, quantizer, training)
-    recipe.run(quantizer, training)
+    parts = options.fill(options.settings(sys.argv[1:]), recipe, quantizer, training, passing)
+    parts[0].run(*parts[1:])
