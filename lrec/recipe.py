@@ -29,7 +29,6 @@ class Recipe:
     train_length: int = setting(256, "tokens in a training window")
     test_samples: int = setting(24, "held-out windows")
     lora_r: int = setting(16, "rank of the adapters")
-    gradient_checkpointing: bool = setting(True, "recompute blocks in the backward pass instead of keeping activations")
     prompts: str = setting("The history of|Water is|In mathematics, a", "texts to continue side by side, parted by |")
     seed: int = setting(0, "of the choice of text and of the adapters")
 
@@ -88,7 +87,6 @@ class Recipe:
                 num_samples=None,
                 max_length=self.train_length,
                 lora_r=self.lora_r,
-                gradient_checkpointing=self.gradient_checkpointing,
                 seed=self.seed,
             ).run(config)
 

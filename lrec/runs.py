@@ -70,7 +70,6 @@ class Train(Text, Place):
     lora_init: Literal["closed_form", "zero"] = setting(
         "closed_form", "start from the factors stored with the packed model, or from zero"
     )
-    gradient_checkpointing: bool = setting(True, "recompute blocks in the backward pass instead of keeping activations")
     seed: int = setting(0, "of the choice and order of windows and of the adapters")
 
     def run(self, config) -> dict:
@@ -93,7 +92,7 @@ class Train(Text, Place):
         check_tokenizers(load.tokenizer(self.teacher), tokenizer)
         ids = self.input_ids(tokenizer, self.seed)
         teacher = LiveTeacher(load.model(self.teacher, None, self.device, self.dtype))
-        model = self.adapted(load.model(self.model, None, self.device, self.dtype))
+        model = self.adapted(load.model(self.model, None, self.device, self.dtype), config.gradient_checkpointing)
         trainer = LrecTrainer(
             model=model,
             args=config,
@@ -114,7 +113,7 @@ class Train(Text, Place):
             checkpoint.write_json(Path(self.output_dir) / checkpoint.ADAPTER_STAMP, report)
         return report
 
-    def adapted(self, base):
+    def adapted(self, base, gradient_checkpointing: bool):
         """The base under new trainable adapters, started as `lora_init` says."""
         import torch
         from peft import LoraConfig, get_peft_model
@@ -130,7 +129,7 @@ class Train(Text, Place):
             task_type="CAUSAL_LM",
         )
         torch.manual_seed(self.seed)
-        base = prepare_model_for_training(base, use_gradient_checkpointing=self.gradient_checkpointing)
+        base = prepare_model_for_training(base, use_gradient_checkpointing=gradient_checkpointing)
         model = get_peft_model(base, peft_config)
         if self.lora_init == "closed_form":
             factors = text.model_path(self.model) / assembly.LOWRANK

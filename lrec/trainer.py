@@ -7,6 +7,7 @@ also sends an anonymous usage count unless HF_HUB_DISABLE_TELEMETRY=1 or HF_HUB_
 """
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -51,7 +52,10 @@ class LrecConfig(SFTConfig):
             self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        super().__post_init__()
+        with warnings.catch_warnings():
+            # trl's own default of gradient_checkpointing goes by a name that transformers 5.23 warns about.
+            warnings.filterwarnings("ignore", ".*checkpointing.*deprecated", FutureWarning)
+            super().__post_init__()
         self.objective()
 
     def objective(self) -> Objective:

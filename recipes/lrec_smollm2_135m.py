@@ -19,7 +19,6 @@ recipe = Recipe(
     output_dir="runs/smollm2_135m_int2",
     test_samples=16,
     lora_r=32,
-    gradient_checkpointing=False,  # a model this small need not trade time for memory
 )
 quantizer = GPTQ(bits=2, group_size=64)
 passing = PassSettings(init_rank=32, correct_stream=True)
@@ -29,6 +28,7 @@ training = LrecConfig(
     per_device_train_batch_size=2,
     learning_rate=1e-3,
     logging_steps=8,
+    gradient_checkpointing=False,  # a model this small need not trade time for memory
 )
 
 if __name__ == "__main__":
