@@ -37,11 +37,14 @@ def states(model: nn.Module, input_ids: Tensor, batch_size: int = 4, desc: str =
         device = next(model.parameters()).device
         for batch in tqdm(input_ids.split(batch_size), desc=desc, unit="batch", disable=None, leave=False):
             with torch.no_grad():
-                yield final_hidden(model, batch.to(device))[:, :-1].flatten(0, 1)
+                hidden = final_hidden(model, batch.to(device))
+            # Outside of no_grad, which would otherwise stay on in the caller between two batches.
+            yield hidden[:, :-1].flatten(0, 1)
 
     return States(run(), Head.of(model))
 
 
+@torch.no_grad()
 def quality(student: States, input_ids: Tensor, teacher: States | None = None, batch_size: int = 4) -> dict:
     """Means over all next-token predictions inside the windows `input_ids` (B, L) that the states were made of.
 
@@ -50,7 +53,7 @@ def quality(student: States, input_ids: Tensor, teacher: States | None = None, b
     """
     sums = torch.zeros(3, dtype=torch.float64)
     teacher_head, targets = (None, repeat(None)) if teacher is None else (teacher.head, teacher.hidden)
-    for batch, hidden, target in zip(input_ids.split(batch_size), student.hidden, targets, strict=False):
+    for hidden, target, batch in zip(student.hidden, targets, input_ids.split(batch_size), strict=False):
         labels = batch[:, 1:].flatten().to(hidden.device)
         metrics = token_metrics(hidden, student.head, target, teacher_head, labels)
         sums += torch.stack([torch.zeros(()) if m is None else m.double().sum().cpu() for m in metrics])

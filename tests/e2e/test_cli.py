@@ -60,6 +60,15 @@ def test_correction_brings_the_model_nearer_to_the_teacher(place, capsys):
     assert corrected["total_bytes"] == sum(path.stat().st_size for path in files)
 
 
+def test_states_leave_gradients_on(place):
+    from lrec import evaluate, load
+
+    ids = torch.arange(64).reshape(2, 32)
+    states = evaluate.states(load.model(str(place / "Q")), ids, batch_size=1)
+    first = next(iter(states.hidden))
+    assert torch.is_grad_enabled() and not first.requires_grad
+
+
 def test_inspect_tells_what_the_files_hold(place, capsys):
     told = report(place, capsys, "inspect", "--model", "Q")
     assert told["num_layers"] == len(told["layers"]) == 14
