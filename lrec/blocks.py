@@ -110,6 +110,10 @@ class Pass:
     def _quantize(self, block: nn.Module, index: int, states: list[Tensor], call: BlockCall) -> tuple[list[dict], dict]:
         """Replaces the block's linears by packed ones; a row and a pair of low-rank factors for each layer."""
         name, linears = self.streamed.anatomy.name(index), anatomy.linears(block)
+        # Before anything runs: a NaN here would only show as a NaN input of the layers behind it.
+        bad = [f"{name}.{linear}" for linear, module in linears.items() if not module.weight.isfinite().all()]
+        if bad:
+            raise ValueError(f"{', '.join(bad)}: the weight holds NaN or infinity; fetch or make the checkpoint again")
         groups = anatomy.shared_inputs(block, lambda: call(block, states[0][:1]))
         unseen = sorted(set(linears) - {linear for group in groups for linear in group})
         if unseen:
