@@ -24,7 +24,7 @@ from lrec.nn import PackedLinear
 from lrec.options import setting
 from lrec.quantizers import Quantizer
 from lrec.statistics import Collector, Statistics
-from lrec.stream import BlockCall, StreamedModel
+from lrec.stream import BlockCall, StreamedModel, trim
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ class Pass:
         statistics = collect(block, groups, needs, lambda: [call(block, state) for state in states])
         rows, factors = [], {}
         for group in groups:
+            trim()
             seen = statistics.pop(0)
             for linear in group:
                 layer, w_NK = f"{name}.{linear}", linears.pop(linear).weight.float()

@@ -6,6 +6,9 @@ loader, one block's keys at a time, so that renamed or fused checkpoint keys com
 `from_pretrained`. Works for dense and for packed checkpoints.
 """
 
+import ctypes
+import gc
+import sys
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -75,11 +78,14 @@ class StreamedModel:
         """Lets go of a block's weights, or with None of all that is in no block; then nothing embeds any more."""
         if index is not None:
             self.blocks[index].to("meta")
-            return
-        inside = {module for block in self.blocks for module in block.modules()}
-        for module in self.model.modules():
-            if module not in inside:
-                module._apply(lambda tensor: tensor.to("meta"), recurse=False)
+        else:
+            inside = {module for block in self.blocks for module in block.modules()}
+            for module in self.model.modules():
+                if module not in inside:
+                    module._apply(lambda tensor: tensor.to("meta"), recurse=False)
+        # Modules and their hooks form cycles, which would hold several blocks' tensors until Python thinks of them.
+        gc.collect()
+        trim()
 
     def stored(self, part: int | None) -> dict[str, Tensor]:
         """The checkpoint's own tensors of a block, or with None of all that is not a block, by model name."""
@@ -195,6 +201,12 @@ class StreamedModel:
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
+
+
+def trim() -> None:
+    """Hands freed memory back to the system where the C library can (glibc keeps blocks of up to 32 MB otherwise)."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 class _Reached(BaseException):
