@@ -43,7 +43,7 @@ class PassSettings:
     correct_stream: bool = setting(
         False, "let later blocks see outputs corrected by the factors: better with adapters, worse without them"
     )
-    batch_size: int = setting(4, "windows run through a block at once")
+    batch_size: int = setting(2, "windows run through a block at once")
 
 
 class Pass:
