@@ -80,11 +80,3 @@ def shared_inputs(block: nn.Module, run: Callable[[], object]) -> list[list[str]
         for handle in handles:
             handle.remove()
     return [list(dict.fromkeys(names)) for _, _, names in seen]
-
-
-def quantized_share(model: nn.Module, is_quantized: Callable[[nn.Module], bool]) -> float:
-    """The share of the blocks' matrix weights (linears, fused experts) that are held quantized, 0 to 1."""
-    blocks = find_blocks(model).modules
-    packed = sum(linear_weights(m) for b in blocks for m in b.modules() if isinstance(m, nn.Linear) and is_quantized(m))
-    dense = sum(p.numel() for b in blocks for p in b.parameters() if p.ndim >= 2)
-    return packed / max(1, packed + dense)

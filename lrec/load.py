@@ -72,7 +72,7 @@ def model(name: str, adapter: str | None = None, device: str = "auto", dtype: st
     return found.eval()
 
 
-def with_adapter(base: nn.Module, adapter: str, is_trainable: bool = False) -> nn.Module:
+def with_adapter(base: nn.Module, adapter: str) -> nn.Module:
     """The peft model of a base and a saved adapter. Raises ValueError if the adapter was made for another base."""
     from peft import PeftModel
 
@@ -80,7 +80,7 @@ def with_adapter(base: nn.Module, adapter: str, is_trainable: bool = False) -> n
     if not (path / "adapter_config.json").is_file():
         raise ValueError(f"{path} is not a peft adapter: it has no adapter_config.json")
     checkpoint.check_stamp(path, packed_sha256(base))
-    return PeftModel.from_pretrained(base, path, is_trainable=is_trainable)
+    return PeftModel.from_pretrained(base, path)
 
 
 def packed_sha256(base: nn.Module) -> str | None:
