@@ -2,6 +2,7 @@
 
 One block and the calibration hidden states are in memory at a time. The inputs of a block are those that the
 quantized blocks before it produce, so that errors upstream are seen; linears that share an input share its statistics.
+Without calibration text no block is run, and methods that need no statistics see the weights alone.
 A saved block is a done block: running the same pass again in the same directory loads the finished blocks, runs them
 for their outputs, and goes on, guarded by a fingerprint of model, settings and text.
 """
@@ -53,24 +54,29 @@ class Pass:
         self,
         streamed: StreamedModel,
         quantizer: Quantizer,
-        calibration: Calibration,
+        calibration: Calibration | None,
         output_dir: Path,
         settings: PassSettings | None = None,
     ):
-        """Raises ValueError for a model that is packed already, or if the output directory holds anything but an
-        unfinished run of this same pass."""
+        """Raises ValueError for a model that is packed already, for a quantizer that needs calibration where there is
+        none, or if the output directory holds anything but an unfinished run of this same pass."""
         if getattr(streamed.config, "quantization_config", None) is not None:
             raise ValueError(
                 f"{streamed.directory} is already packed; quantize the full-precision model that it was made from"
             )
         self.streamed, self.quantizer, self.calibration = streamed, quantizer, calibration
         self.settings = settings or PassSettings()
+        if calibration is None and (quantizer.needs or self.settings.correct_stream):
+            wanted = ", ".join(sorted(quantizer.needs)) or "outputs for correct_stream"
+            raise ValueError(
+                f"{registry.name_of(type(quantizer))} needs calibration ({wanted}); name a text with --dataset"
+            )
         self.about = {
             "method": registry.name_of(type(quantizer)),
             "settings": asdict(quantizer),
             "base_model": str(streamed.directory),
             "base_sha256": checkpoint.fingerprint(streamed.directory),
-            "calibration": calibration.about,
+            "calibration": calibration.about if calibration else None,
         }
         self.assembly = Assembly(output_dir, self._fingerprint(), len(streamed))
 
@@ -80,9 +86,7 @@ class Pass:
         Raises ValueError that names the layer a quantizer refuses, or the block whose output is not finite.
         """
         streamed, dense = self.streamed, 0
-        batches = self.calibration.input_ids.split(self.settings.batch_size)
-        states = [streamed.embed(ids) for ids in batches]
-        calls = streamed.block_calls(batches[0])
+        states, calls = self._embed()
         streamed.free(None)
         for index in tqdm(
             range(len(streamed)), desc=f"quantize, {self.quantizer.bits} bits", unit="block", disable=None
@@ -106,34 +110,49 @@ class Pass:
         share = weights / (weights + dense)
         return self.assembly.finish(streamed.stored(None), streamed.config, self.about, streamed.directory, share)
 
+    def _embed(self) -> tuple[list[Tensor], list[BlockCall | None]]:
+        if self.calibration is None:
+            return [], [None] * len(self.streamed)
+        batches = self.calibration.input_ids.split(self.settings.batch_size)
+        return [self.streamed.embed(ids) for ids in batches], self.streamed.block_calls(batches[0])
+
     @torch.no_grad()
-    def _quantize(self, block: nn.Module, index: int, states: list[Tensor], call: BlockCall) -> tuple[list[dict], dict]:
+    def _quantize(
+        self, block: nn.Module, index: int, states: list[Tensor], call: BlockCall | None
+    ) -> tuple[list[dict], dict]:
         """Replaces the block's linears by packed ones; a row and a pair of low-rank factors for each layer."""
         name, linears = self.streamed.anatomy.name(index), anatomy.linears(block)
         # Before anything runs: a NaN here would only show as a NaN input of the layers behind it.
         bad = [f"{name}.{linear}" for linear, module in linears.items() if not module.weight.isfinite().all()]
         if bad:
             raise ValueError(f"{', '.join(bad)}: the weight holds NaN or infinity; fetch or make the checkpoint again")
-        groups = anatomy.shared_inputs(block, lambda: call(block, states[0][:1]))
-        unseen = sorted(set(linears) - {linear for group in groups for linear in group})
-        if unseen:
-            raise ValueError(f"{name}: the calibration text never reaches {', '.join(unseen[:4])}; use more text")
-        needs = self.quantizer.needs | {"hessian"}
-        statistics = collect(block, groups, needs, lambda: [call(block, state) for state in states])
+        groups, statistics = self._see(block, name, states, call) if states else ([[n] for n in linears], None)
         rows, factors = [], {}
         for group in groups:
             trim()
-            seen = statistics.pop(0)
+            seen = statistics.pop(0) if statistics else None
+            hessian_KK = seen.hessian_KK if seen else None
             for linear in group:
                 layer, w_NK = f"{name}.{linear}", linears.pop(linear).weight.float()
                 packed = quantize_layer(layer, w_NK, self.quantizer, seen)
                 residual_NK = w_NK - packed.unpack()
-                rows.append(layer_row(layer, packed, residual_NK, w_NK, seen.hessian_KK))
+                rows.append(layer_row(layer, packed, residual_NK, w_NK, hessian_KK))
                 if self.settings.init_rank:
                     rank = min(self.settings.init_rank, *packed.shape)
-                    factors[layer] = lowrank.factor(residual_NK, rank, seen.hessian_KK)
+                    factors[layer] = lowrank.factor(residual_NK, rank, hessian_KK)
                 replace(block, linear, packed)
         return rows, factors
+
+    def _see(
+        self, block: nn.Module, name: str, states: list[Tensor], call: BlockCall
+    ) -> tuple[list[list[str]], list[Statistics]]:
+        """The groups of linears that share an input, in the order they run, and the statistics of each."""
+        groups = anatomy.shared_inputs(block, lambda: call(block, states[0][:1]))
+        unseen = sorted(set(anatomy.linears(block)) - {linear for group in groups for linear in group})
+        if unseen:
+            raise ValueError(f"{name}: the calibration text never reaches {', '.join(unseen[:4])}; use more text")
+        needs = self.quantizer.needs | {"hessian"}
+        return groups, collect(block, groups, needs, lambda: [call(block, state) for state in states])
 
     def _tensors(self, block: nn.Module, index: int) -> dict[str, Tensor]:
         """All tensors of a block by full name; what is not packed is as the checkpoint has it, in its own dtype."""
@@ -141,7 +160,7 @@ class Pass:
         return {f"{prefix}.{key}": stored.get(f"{prefix}.{key}", tensor) for key, tensor in block.state_dict().items()}
 
     def _fingerprint(self) -> str:
-        ids = hashlib.sha256(self.calibration.input_ids.numpy().tobytes()).hexdigest()
+        ids = self.calibration and hashlib.sha256(self.calibration.input_ids.numpy().tobytes()).hexdigest()
         parts = [self.about, asdict(self.settings), ids, str(self.streamed.dtype)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -192,7 +211,7 @@ def collect(
     return [collector.result() for collector in collectors]
 
 
-def quantize_layer(layer: str, w_NK: Tensor, quantizer: Quantizer, statistics: Statistics) -> Packed:
+def quantize_layer(layer: str, w_NK: Tensor, quantizer: Quantizer, statistics: Statistics | None) -> Packed:
     """The packed weight; what the quantizer refuses is raised again with the layer's name before it."""
     try:
         return quantizer(w_NK, statistics)
@@ -200,18 +219,24 @@ def quantize_layer(layer: str, w_NK: Tensor, quantizer: Quantizer, statistics: S
         raise ValueError(f"{layer}: {error}") from error
 
 
-def layer_row(layer: str, packed: Packed, residual_NK: Tensor, w_NK: Tensor, hessian_KK: Tensor) -> dict:
-    """What the report says of a layer; `error` is ||(W - Wq) X||^2 / ||W X||^2 over the calibration inputs."""
-    energy = (w_NK @ hessian_KK * w_NK).sum().clamp_min(torch.finfo(torch.float32).tiny)
+def layer_row(layer: str, packed: Packed, residual_NK: Tensor, w_NK: Tensor, hessian_KK: Tensor | None) -> dict:
+    """What the report says of a layer; `error` is ||(W - Wq) X||^2 / ||W X||^2 over the calibration inputs, or, if
+    there are none, `weight_error` is ||W - Wq||^2 / ||W||^2."""
     return {
         "name": layer,
         "shape": list(packed.shape),
         "bits_per_weight": packed.bits_per_weight,
         "bytes": packed.nbytes,
-        "error": float((residual_NK @ hessian_KK * residual_NK).sum() / energy),
+        "weight_error" if hessian_KK is None else "error": energy(residual_NK, hessian_KK) / energy(w_NK, hessian_KK),
         "sha256": checkpoint.tensors_hash(packed.tensors()),
         "spec": packed.spec(),
     }
+
+
+def energy(w_NK: Tensor, hessian_KK: Tensor | None) -> float:
+    """tr(W H W^T), the mean squared output of a weight; without H, ||W||^2. Never zero, so that one may divide."""
+    total = (w_NK.square() if hessian_KK is None else w_NK @ hessian_KK * w_NK).sum()
+    return float(total.clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def replace(block: nn.Module, name: str, packed: Packed) -> None:

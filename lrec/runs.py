@@ -42,18 +42,27 @@ class Quantize(Text, Place):
 
     model: str = field(metadata={"help": "local directory, Hub id, or a data/ script (smollm2)"})
     output_dir: str = field(metadata={"help": "new directory for the packed model"})
+    dataset: str | None = setting(
+        None, "calibration text: Hub id, .txt/.jsonl/.parquet file, or a data/ script (none: methods without data)"
+    )
     method: str = setting("gptq", "quantizer: one of the files in lrec/quantizers")
     num_samples: int | None = setting(128, "calibration windows")
     seed: int = setting(0, "of the choice of windows")
 
     def run(self, quantizer: Quantizer, settings: PassSettings | None = None) -> dict:
         """Quantizes into `output_dir`; a run that was interrupted goes on. Returns the report."""
-        ids = self.input_ids(load.tokenizer(self.model), self.seed)
-        about = {"dataset": self.dataset, "num_samples": len(ids), "max_length": self.max_length, "seed": self.seed}
         device = load.device_of(self.device)
         dtype = load.dtype_of(self.dtype, device)
         streamed = StreamedModel(text.model_path(self.model), dtype, device)
-        return Pass(streamed, quantizer, Calibration(ids, about), Path(self.output_dir), settings).run()
+        return Pass(streamed, quantizer, self.calibration(), Path(self.output_dir), settings).run()
+
+    def calibration(self) -> Calibration | None:
+        """The windows of the named text; none if none is named."""
+        if self.dataset is None:
+            return None
+        ids = self.input_ids(load.tokenizer(self.model), self.seed)
+        about = {"dataset": self.dataset, "num_samples": len(ids), "max_length": self.max_length, "seed": self.seed}
+        return Calibration(ids, about)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,9 @@ class LrecConfig(SFTConfig):
     learning_rate: float = field(default=1e-3, metadata={"help": "The peak learning rate of the adapters."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up, in steps, or below 1 as a share of them."})
+    resume_from_checkpoint: bool | str | None = field(
+        default=None, metadata={"help": "Go on from the last checkpoint in output_dir (true), or from one by its path."}
+    )
     ddp_broadcast_buffers: bool | None = field(
         default=False, metadata={"help": "Packed weights are buffers: broadcasting sends all of them every step."}
     )

@@ -11,7 +11,7 @@ import torch
 from checks import assert_close, tiny_model
 from safetensors.torch import load_file
 
-from lrec import assembly, blocks, checkpoint
+from lrec import assembly, blocks, checkpoint, load, lowrank
 from lrec.cli import main
 
 TEXT = "the quick brown fox jumps over the lazy dog while seven wizards box with a jovial yak. "
@@ -61,7 +61,7 @@ def test_correction_brings_the_model_nearer_to_the_teacher(place, capsys):
 
 
 def test_states_leave_gradients_on(place):
-    from lrec import evaluate, load
+    from lrec import evaluate
 
     ids = torch.arange(64).reshape(2, 32)
     states = evaluate.states(load.model(str(place / "Q")), ids, batch_size=1)
@@ -97,8 +97,6 @@ def test_merged_loads_without_lrec_and_equals_base_plus_adapter(place, capsys):
         f"torch.save(m(torch.arange(32)[None]).logits, {str(place / 'logits.pt')!r})"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    from lrec import load
-
     model = load.model(str(place / "Q"), str(place / "A"))
     with torch.no_grad():
         expected = model(torch.arange(32)[None]).logits
@@ -110,8 +108,6 @@ def test_exported_adapter_is_a_plain_peft_repository(place):
     assert run(place, "export", "--model", "Q", "--adapter", "A", "--format", "adapter", "--output_dir", "O") == 0
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
-
-    from lrec import load
 
     ours = load.model(str(place / "Q"), str(place / "A"))
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place / "Q"), place / "O")
@@ -144,6 +140,40 @@ def test_an_interrupted_pass_goes_on_to_the_same_bytes(place, tmp_path, monkeypa
         assert (straight / name).read_bytes() == (broken / name).read_bytes(), name
 
 
+def test_without_text_a_method_sees_the_weights_alone(place, tmp_path):
+    words = ["quantize", "--model", str(place / "M"), "--method", "rtn", "--group_size", "32"]
+    assert main([*words, "--output_dir", str(tmp_path / "without")]) == 0
+    text = ["--dataset", str(place / "text.txt"), *CALIBRATION]
+    assert main([*words, *text, "--output_dir", str(tmp_path / "with")]) == 0
+    without, seen = (checkpoint.read_json(tmp_path / name / assembly.REPORT) for name in ("without", "with"))
+    # Without the calibration there is no order in which linears run, so that layers are told in that of the model.
+    assert {row["name"]: row["sha256"] for row in without["layers"]} == {
+        row["name"]: row["sha256"] for row in seen["layers"]
+    }
+    row = without["layers"][0]
+    with torch.no_grad():
+        name, full = row["name"], load_file(place / "M" / "model.safetensors")
+        packed = load.model(str(tmp_path / "without")).get_submodule(name).weight
+        weight = full[f"{name}.weight"]
+        assert row["weight_error"] == pytest.approx(float((weight - packed).square().sum() / weight.square().sum()))
+    (a, b), residual = lowrank.load(tmp_path / "without" / assembly.LOWRANK)[name], weight - packed
+    best = torch.linalg.svdvals(residual)[a.shape[0] :].square().sum().sqrt()
+    assert float((residual - b.float() @ a.float()).norm()) == pytest.approx(float(best), rel=1e-3)
+
+
+def test_training_resumes_to_the_same_adapter(place, tmp_path):
+    words = ["--model", "Q", "--teacher", "M", "--max_steps", "6", "--save_steps", "3", "--max_length", "32"]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert run(place, "train", *words, "--output_dir", str(straight)) == 0
+    shutil.copytree(straight / "checkpoint-3", resumed / "checkpoint-3")
+    assert run(place, "train", *words, "--output_dir", str(resumed)) == 2
+    assert run(place, "train", *words, "--resume_from_checkpoint", "true", "--output_dir", str(resumed)) == 0
+    first, second = (load_file(path / "adapter_model.safetensors") for path in (straight, resumed))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    halfway = load_file(straight / "checkpoint-3" / "adapter_model.safetensors")
+    assert not all(torch.equal(first[key], halfway[key].to(first[key].dtype)) for key in first)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -159,6 +189,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_bytes(place, tmp_path, monkeypa
         (["train", "--model", "Q", "--output_dir", "x"], "missing --teacher"),
         (["bench", "kernel"], "Did you mean 'kernels'"),
         (["inspect", "--model", "M"], "is not packed by lrec"),
+        (["quantize", "--model", "M", "--output_dir", "x", "--dataset", "none"], "gptq needs calibration"),
         (["export", "--model", "Q", "--format", "adapter", "--output_dir", "x"], "needs --adapter"),
         (["export", "--model", "Q", "--format", "ggml", "--output_dir", "x"], "unknown export 'ggml'"),
     ],
