@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 Factors = dict[str, tuple[Tensor, Tensor]]
+SLICE = 512  # rows of a residual, or columns of a Hessian, that are cast to float64 at once
 
 
 def factor(
@@ -25,33 +26,44 @@ def factor(
 
     Components are sorted, the most useful first, so the first r' of them are the answer for rank r' (Eckart-Young),
     and each has ||a_r|| = ||b_r||, which makes the factors independent of the scale of H. Without a Hessian R = I:
-    plain SVD. Computed in float64, by an eigendecomposition of size min(N, K).
+    plain SVD. Computed in float64, by eigendecompositions of size min(N, K).
 
     Raises ValueError for a rank that does not fit or tensors that are not finite.
     """
     N, K = residual_NK.shape
     if not 1 <= rank <= min(N, K):
         raise ValueError(f"rank = {rank} does not fit a weight of shape {(N, K)}; allowed: 1 to {min(N, K)}")
-    d_NK = residual_NK.double()
-    # A tall residual has rank K at most: in a basis of its columns' span the eigenproblem is of size K.
-    basis, core = torch.linalg.qr(d_NK) if N > K else (None, d_NK)
-    if hessian_KK is None:
-        gram = core @ core.t()
-    else:
-        # One copy of the Hessian in float64 is the largest tensor here; it is damped in place.
-        r_KK = hessian_KK.to(d_NK, copy=True)
-        r_KK.diagonal().add_(damping * r_KK.diagonal().mean())
-        gram = core @ r_KK @ core.t()
-        del r_KK
+    core, basis_KK = (residual_NK.double(), None) if N <= K else _column_span(residual_NK)
+    gram = core @ core.t()
+    if hessian_KK is not None:
+        gram *= damping * float(hessian_KK.diagonal().double().mean())
+        # By slices, so that no copy of the Hessian in float64 exists.
+        for start in range(0, K, SLICE):
+            part = slice(start, start + SLICE)
+            gram += core @ hessian_KK[:, part].to(core) @ core[:, part].t()
     if not gram.isfinite().all():
         raise ValueError("the residual or the Hessian holds NaN or infinity; check the weight and the calibration data")
     u = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
-    u_NR = u if basis is None else basis @ u
-    a_RK = u_NR.t() @ d_NK
+    a_RK = u.t() @ core
     size_R = a_RK.norm(dim=1)
     root_R = size_R.sqrt()
     a_RK = a_RK * torch.where(size_R > 0, 1 / root_R, 0)[:, None]
+    u_NR = u if basis_KK is None else torch.cat([rows.double() @ (basis_KK @ u) for rows in residual_NK.split(SLICE)])
     return a_RK.float(), (u_NR * root_R).float()
+
+
+def _column_span(d_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """C and P, float64 (K, K), such that D P has orthonormal (or zero) columns and D P C = D.
+
+    From D^T D = V L V^T: C = L^1/2 V^T and P = V L^-1/2. A tall D is never copied in float64 as a whole.
+    """
+    squares = sum(rows.double().t() @ rows.double() for rows in d_NK.split(SLICE))
+    if not squares.isfinite().all():
+        raise ValueError("the residual holds NaN or infinity; check the weight")
+    power, v_KK = torch.linalg.eigh(squares)
+    root = power.clamp_min(0).sqrt()
+    inverse = torch.where(power > 1e-14 * power[-1], 1 / root, 0)
+    return root[:, None] * v_KK.t(), v_KK * inverse
 
 
 def initialise(model: nn.Module, factors: Factors, adapter_name: str = "default") -> None:

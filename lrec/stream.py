@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from lrec import anatomy, checkpoint
 
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
 
 @dataclass(frozen=True)
 class BlockCall:
@@ -204,8 +206,10 @@ class StreamedModel:
 
 
 def trim() -> None:
-    """Hands freed memory back to the system where the C library can (glibc keeps blocks of up to 32 MB otherwise)."""
+    """Hands freed memory back to the system where the C library can, now and from now on as soon as a tensor of 1 MB
+    or more is freed (glibc otherwise keeps ever larger ones, up to 32 MB, and its heap full of holes)."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
         libc.malloc_trim(0)
 
 

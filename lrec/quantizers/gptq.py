@@ -26,6 +26,11 @@ from lrec.formats.uniform import Uniform
 from lrec.quantizers import UniformQuantizer, per_column, setting
 from lrec.statistics import Statistics
 
+# Weights rounded at a time. Rows do not depend on each other: on a CPU a slice stays in the cache and is small beside
+# a block; on a GPU each step over a column is a launch, so that slices should be few.
+SLICE_WEIGHTS_CPU = 2**20
+SLICE_WEIGHTS_GPU = 2**24
+
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQ(UniformQuantizer):
@@ -52,33 +57,41 @@ class GPTQ(UniformQuantizer):
         """The packed weight. Raises ValueError if the group size does not fit K or H is not positive definite."""
         h_KK = statistics.hessian_KK.to(w_NK)
         power_K = h_KK.diagonal()
-        w_NK = w_NK.masked_fill(power_K == 0, 0)
         order_K = power_K.argsort(descending=True, stable=True) if self.act_order else torch.arange(len(power_K))
         order_K = order_K.to(w_NK.device)
-        r_KK, cost_K = factor(h_KK[order_K[:, None], order_K], self.damp_percent)
-        scale_NG, zero_NG = self.grid(w_NK, torch.empty_like(cost_K).index_copy_(0, order_K, cost_K))
+        r_KK, cost_K = factor(h_KK, self.damp_percent, order_K)
+        cost_K = torch.empty_like(cost_K).index_copy_(0, order_K, cost_K)
+        slice_weights = SLICE_WEIGHTS_CPU if w_NK.device.type == "cpu" else SLICE_WEIGHTS_GPU
+        slices = w_NK.split(max(1, slice_weights // len(power_K)))
+        parts = [self._quantize_rows(rows.masked_fill(power_K == 0, 0), order_K, r_KK, cost_K) for rows in slices]
+        return self.pack(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def _quantize_rows(self, w_NK: Tensor, order_K: Tensor, r_KK: Tensor, cost_K: Tensor) -> tuple[Tensor, ...]:
+        scale_NG, zero_NG = self.grid(w_NK, cost_K)
         columns = [per_column(g, len(order_K), self.group_size, w_NK.dtype) for g in (scale_NG, zero_NG)]
         in_order = [t[:, order_K].t().contiguous() for t in (w_NK, *columns)]
+        del columns
         codes_KN = round_columns(*in_order, r_KK, self.bits, self.block_size)
-        codes_NK = torch.empty_like(codes_KN).index_copy_(0, order_K, codes_KN).t()
-        return self.pack(codes_NK, scale_NG, zero_NG)
+        return torch.empty_like(codes_KN).index_copy_(0, order_K, codes_KN).t(), scale_NG, zero_NG
 
 
-def factor(h_KK: Tensor, damp_percent: float) -> tuple[Tensor, Tensor]:
-    """R (unit upper triangular) and D (K,) with H + damp I = R D R^T, damp = damp_percent * mean(diag H).
+def factor(h_KK: Tensor, damp_percent: float, order_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """R (unit upper triangular) and D (K,) with H + damp I = R D R^T, damp = damp_percent * mean(diag H), for the
+    columns of H taken in the order `order_K` (their own if None).
 
     A zero on the diagonal, a channel without input, counts as that mean. Raises ValueError if the damped H is not
     finite and positive definite in its dtype.
     """
-    power_K = h_KK.diagonal()
+    # Cholesky gives lower factors; taking the columns backwards, and turning round the result, makes it the upper one.
+    back_K = (torch.arange(len(h_KK), device=h_KK.device) if order_K is None else order_K).flip(0)
+    power_K = h_KK.diagonal()[back_K]
     mean = power_K.mean()
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    # Cholesky gives lower factors; reversing the order of the columns before and after makes it the upper one.
-    flipped_KK = h_KK.flip(0, 1)
-    flipped_KK.diagonal().add_(torch.where(power_K == 0, mean, damp_percent * mean).flip(0))
-    lower_KK, info = torch.linalg.cholesky_ex(flipped_KK)
-    del flipped_KK
-    if info or not lower_KK.isfinite().all():
+    damped_KK = h_KK[back_K[:, None], back_K]
+    damped_KK.diagonal().add_(torch.where(power_K == 0, mean, damp_percent * mean))
+    lower_KK, info = torch.linalg.cholesky_ex(damped_KK)
+    del damped_KK
+    if info or not lower_KK.diagonal().isfinite().all():
         raise ValueError(
             f"the Hessian with damp_percent = {damp_percent} is not positive definite (Cholesky failed); "
             f"use a larger damp_percent, such as {max(10 * damp_percent, 0.01):g}, or more calibration tokens"

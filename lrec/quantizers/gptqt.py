@@ -67,7 +67,7 @@ class GPTQT(Quantizer):
         order_K = (
             power_K.argsort(descending=True, stable=True) if self.act_order else torch.arange(K, device=w_NK.device)
         )
-        r_KK, cost_K = factor(h_KK[order_K][:, order_K], self.damp_percent)
+        r_KK, cost_K = factor(h_KK, self.damp_percent, order_K)
         alpha, offset = self.level_sets(w_NK, torch.empty_like(cost_K).index_copy_(0, order_K, cost_K), g)
         value, codes = levels(alpha.to(w_NK.dtype), offset.to(w_NK.dtype)).sort(-1)
         in_order = (w_NK[:, order_K].t().contiguous(), value.permute(1, 2, 0).contiguous(), group_K[order_K])

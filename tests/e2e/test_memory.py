@@ -1,0 +1,58 @@
+"""Memory is a number: what the pass over blocks takes above the interpreter and its libraries."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checks import tiny_llama
+
+SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16}
+# The vocabulary is to the hidden size as Llama-7B's.
+VOCABULARY, NUM_BLOCKS, NUM_WINDOWS, LENGTH = 8000, 2, 8, 256
+FLOAT32 = 4
+
+# Run in a process of its own, after a pass over a tiny model has loaded every library and made its workspaces.
+MEASURE = """
+import gc, sys, torch
+from pathlib import Path
+from lrec.blocks import Calibration, Pass
+from lrec.quantizers.gptq import GPTQ
+from lrec.stream import StreamedModel, trim
+
+def resident(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+def run(name, length):
+    streamed = StreamedModel(Path(name), torch.float32)
+    ids = torch.arange(8 * length).view(8, length) % 256
+    Pass(streamed, GPTQ(group_size=32), Calibration(ids), Path(name + "-packed")).run()
+
+run("tiny", 16)
+gc.collect()
+trim()
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+run("model", int(sys.argv[1]))
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_the_pass_stays_under_two_blocks_the_states_and_the_embeddings(tmp_path):
+    tiny_llama().bfloat16().save_pretrained(tmp_path / "tiny")
+    shape = {**SHAPE, "vocab_size": VOCABULARY, "num_hidden_layers": NUM_BLOCKS, "max_position_embeddings": LENGTH}
+    model = tiny_llama(**shape).bfloat16()
+    model.save_pretrained(tmp_path / "model")
+    block_bytes = FLOAT32 * sum(p.numel() for p in model.model.layers[0].parameters())
+    state_bytes = FLOAT32 * NUM_WINDOWS * LENGTH * SHAPE["hidden_size"]
+    embedding_bytes = FLOAT32 * 2 * VOCABULARY * SHAPE["hidden_size"]
+    del model
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(LENGTH)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    peak_bytes, allowed = int(done.stdout), 2 * block_bytes + state_bytes + embedding_bytes
+    assert peak_bytes <= allowed, f"{peak_bytes / 1e6:.0f} MB, allowed are {allowed / 1e6:.0f} MB"
+    # The embeddings alone were in memory: a peak below them would mean that the measure is broken.
+    assert peak_bytes >= embedding_bytes / 2, f"{peak_bytes / 1e6:.0f} MB cannot be right"
