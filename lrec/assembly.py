@@ -8,6 +8,7 @@ block it was in, and a directory that loads is complete.
 import hashlib
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from torch import Tensor
@@ -64,6 +65,17 @@ class Assembly:
         self.progress["seconds"] += seconds
         checkpoint.write_json(self.directory / PROGRESS, self.progress)
 
+    def keep_sweep(self, rows: list[dict], seconds: float) -> None:
+        """Notes what the sweep measured of its next block: rows of `allocation.to_target`'s table."""
+        self.progress.setdefault("sweep", []).append(rows)
+        self.progress["seconds"] += seconds
+        checkpoint.write_json(self.directory / PROGRESS, self.progress)
+
+    @property
+    def sweep(self) -> list[list[dict]]:
+        """What `keep_sweep` noted, a list for each block."""
+        return self.progress.get("sweep", [])
+
     def packed(self, index: int) -> dict[str, Packed]:
         """The packed layers of a block that is done, by full name."""
         with checkpoint.open_tensors(self._shard(index)) as file:
@@ -94,7 +106,8 @@ class Assembly:
         config.save_pretrained(self.directory)
         checkpoint.write_index(self.directory, [self._shard(i) for i in range(self.count + 1)])
         layers = [{key: value for key, value in row.items() if key != "spec"} for row in self.rows]
-        checkpoint.write_json(self.directory / REPORT, report | {"layers": layers})
+        sweep = {"sweep": self.sweep} if self.sweep else {}
+        checkpoint.write_json(self.directory / REPORT, report | {"layers": layers} | sweep)
         checkpoint.write_manifest(self.directory, about)
         (self.directory / PROGRESS).unlink()
         return report
@@ -103,6 +116,7 @@ class Assembly:
         weights = sum(row["shape"][0] * row["shape"][1] for row in self.rows)
         packed_bytes = sum(row["bytes"] for row in self.rows)
         return {
+            "bits": dict(sorted(Counter(row["bits"] for row in self.rows).items())),
             "bits_per_weight": 8 * packed_bytes / weights,
             "packed_bytes": packed_bytes,
             "num_layers": len(self.rows),

@@ -1,7 +1,7 @@
 """The `lrec` command: one verb, its settings as flags, one report.
 
-Exit codes: 0 done, 2 wrong input (one clear message on stderr), 3 does not fit in memory, 130 interrupted. With
-`--json` the report is the only thing on stdout.
+Exit codes: 0 done, 1 done but for the methods of `compare` that failed, 2 wrong input (one clear message on stderr),
+3 does not fit in memory, 130 interrupted. With `--json` the report is the only thing on stdout.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ from lrec import options, registry
 VERBS = {
     "quantize": "pack a full-precision model into 2, 3, 4 or 8 bits, one block at a time",
     "train": "train an adapter that corrects the quantization error, by KL to the teacher",
+    "compare": "a table of methods on one model and text, and a picture",
     "evaluate": "perplexity, KL to the teacher and top-1 agreement on held-out text",
     "export": "write what others can load: a peft adapter, a dense merged model",
     "inspect": "what a packed model holds: bits, bytes, layers",
@@ -53,6 +54,13 @@ def evaluate(values: dict) -> dict:
     from lrec.runs import Evaluate
 
     return options.fill(values, Evaluate)[0].run()
+
+
+def compare(values: dict) -> dict:
+    """`lrec compare`."""
+    from lrec.compare import Compare
+
+    return options.fill(values, Compare)[0].run()
 
 
 def export(values: dict) -> dict:
@@ -97,7 +105,7 @@ def help_text(verb: str | None, values: dict) -> str:
     if verb is None:
         verbs = "\n".join(f"  {name:<10} {what}" for name, what in VERBS.items())
         return HELP.format(verbs=verbs)
-    from lrec import report, runs
+    from lrec import compare, report, runs
     from lrec.blocks import PassSettings
 
     classes = {
@@ -107,6 +115,7 @@ def help_text(verb: str | None, values: dict) -> str:
             PassSettings,
         ),
         "train": lambda: (runs.Train,),
+        "compare": lambda: (compare.Compare,),
         "evaluate": lambda: (runs.Evaluate,),
         "export": lambda: (runs.Export,),
         "bench": lambda: tuple(benches().values()),
@@ -156,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
             load.quiet()
             report = globals()[verb](values)
         print(json.dumps(report) if as_json else show(report))
-        return 0
+        return int(bool(report.get("failed")))
     except ValueError as error:
         print(f"lrec{' ' + verb if verb else ''}: {error}", file=sys.stderr)
         return 2

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lrec import assembly, checkpoint, export, load, text
+from lrec import assembly, checkpoint, export, load, machine, text
 from lrec.blocks import Calibration, Pass, PassSettings
 from lrec.options import setting
 from lrec.quantizers import Quantizer
@@ -54,7 +54,8 @@ class Quantize(Text, Place):
         device = load.device_of(self.device)
         dtype = load.dtype_of(self.dtype, device)
         streamed = StreamedModel(text.model_path(self.model), dtype, device)
-        return Pass(streamed, quantizer, self.calibration(), Path(self.output_dir), settings).run()
+        report = Pass(streamed, quantizer, self.calibration(), Path(self.output_dir), settings).run()
+        return report | {"peak_bytes": machine.peak_bytes(device)}
 
     def calibration(self) -> Calibration | None:
         """The windows of the named text; none if none is named."""

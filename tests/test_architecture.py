@@ -9,16 +9,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lrec"
 # A module may import from its own floor and from those below it (earlier in this list).
 FLOORS = [
-    "registry options",
+    "registry options machine picture",
     "formats",
     "kernels statistics",
     "quantizers nn",
     "anatomy checkpoint head losses lowrank teacher text",
     "integrations",
-    "stream load assembly",
+    "stream load assembly allocation",
     "blocks trainer evaluate export report bench",
     "runs",
-    "recipe",
+    "recipe compare",
     "cli",
     "__main__",
 ]
