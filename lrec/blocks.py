@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lrec import anatomy, checkpoint, lowrank, registry
+from lrec import allocation, anatomy, checkpoint, lowrank, registry, sweep
 from lrec.assembly import Assembly
 from lrec.formats import Packed
 from lrec.nn import PackedLinear
 from lrec.options import setting
-from lrec.quantizers import Quantizer
+from lrec.quantizers import Quantizer, quantize_layer
 from lrec.statistics import Collector, Statistics
 from lrec.stream import BlockCall, StreamedModel, trim
 
@@ -45,6 +45,12 @@ class PassSettings:
         False, "let later blocks see outputs corrected by the factors: better with adapters, worse without them"
     )
     batch_size: int = setting(2, "windows run through a block at once")
+    bits_map: str | None = setting(
+        None, "bits of layers by name, the last match holds: down_proj=3,re:.*layers\\.0\\..*=4 (none: bits for all)"
+    )
+    target_bpw: float | None = setting(
+        None, "stored bits per weight to meet with the least error, in place of bits; measures all widths first"
+    )
 
 
 class Pass:
@@ -59,15 +65,17 @@ class Pass:
         settings: PassSettings | None = None,
     ):
         """Raises ValueError for a model that is packed already, for a quantizer that needs calibration where there is
-        none, or if the output directory holds anything but an unfinished run of this same pass."""
+        none, for a rule of bits_map that fits no layer or not the method, or if the output directory holds anything
+        but an unfinished run of this same pass."""
         if getattr(streamed.config, "quantization_config", None) is not None:
             raise ValueError(
                 f"{streamed.directory} is already packed; quantize the full-precision model that it was made from"
             )
         self.streamed, self.quantizer, self.calibration = streamed, quantizer, calibration
         self.settings = settings or PassSettings()
-        if calibration is None and (quantizer.needs or self.settings.correct_stream):
-            wanted = ", ".join(sorted(quantizer.needs)) or "outputs for correct_stream"
+        asked = [name for name in ("correct_stream", "target_bpw") if getattr(self.settings, name)]
+        if calibration is None and (quantizer.needs or asked):
+            wanted = ", ".join(sorted(quantizer.needs)) or f"outputs for {' and '.join(asked)}"
             raise ValueError(
                 f"{registry.name_of(type(quantizer))} needs calibration ({wanted}); name a text with --dataset"
             )
@@ -78,7 +86,19 @@ class Pass:
             "base_sha256": checkpoint.fingerprint(streamed.directory),
             "calibration": calibration.about if calibration else None,
         }
+        names = [
+            f"{streamed.anatomy.name(i)}.{linear}"
+            for i, block in enumerate(streamed.blocks)
+            for linear in anatomy.linears(block)
+        ]
+        self.ruled = allocation.by_rules(self.settings.bits_map, names, quantizer) if self.settings.bits_map else {}
+        self.bits = dict.fromkeys(names, quantizer.bits) | self.ruled
+        if self.ruled:
+            self.about["bits_map"] = self.settings.bits_map
         self.assembly = Assembly(output_dir, self._fingerprint(), len(streamed))
+        # Not in the fingerprint: the sweep serves any target, and a block that is done knows its bits.
+        if self.settings.target_bpw is not None:
+            self.about["target_bpw"] = self.settings.target_bpw
 
     def run(self) -> dict:
         """Quantizes every block not yet done; the directory then loads with `from_pretrained`. Returns the report.
@@ -86,11 +106,17 @@ class Pass:
         Raises ValueError that names the layer a quantizer refuses, or the block whose output is not finite.
         """
         streamed, dense = self.streamed, 0
+        if self.settings.target_bpw is not None:
+            self.bits = allocation.to_target(self._sweep(), self.settings.target_bpw)
+        if any(row["bits"] != self.bits[row["name"]] for row in self.assembly.rows):
+            raise ValueError(
+                f"{self.assembly.directory} holds an unfinished run with other bits; finish that one with its "
+                "target_bpw, remove it, or choose another output_dir"
+            )
         states, calls = self._embed()
         streamed.free(None)
-        for index in tqdm(
-            range(len(streamed)), desc=f"quantize, {self.quantizer.bits} bits", unit="block", disable=None
-        ):
+        width = "-".join(map(str, dict.fromkeys([min(self.bits.values()), max(self.bits.values())])))
+        for index in tqdm(range(len(streamed)), desc=f"quantize, {width} bits", unit="block", disable=None):
             start = time.monotonic()
             block = streamed.load(index)
             if index < self.assembly.num_done:
@@ -122,10 +148,7 @@ class Pass:
     ) -> tuple[list[dict], dict]:
         """Replaces the block's linears by packed ones; a row and a pair of low-rank factors for each layer."""
         name, linears = self.streamed.anatomy.name(index), anatomy.linears(block)
-        # Before anything runs: a NaN here would only show as a NaN input of the layers behind it.
-        bad = [f"{name}.{linear}" for linear, module in linears.items() if not module.weight.isfinite().all()]
-        if bad:
-            raise ValueError(f"{', '.join(bad)}: the weight holds NaN or infinity; fetch or make the checkpoint again")
+        check_finite(name, block)
         groups, statistics = self._see(block, name, states, call) if states else ([[n] for n in linears], None)
         rows, factors = [], {}
         for group in groups:
@@ -134,9 +157,10 @@ class Pass:
             hessian_KK = seen.hessian_KK if seen else None
             for linear in group:
                 layer, w_NK = f"{name}.{linear}", linears.pop(linear).weight.float()
-                packed = quantize_layer(layer, w_NK, self.quantizer, seen)
+                quantizer = allocation.with_bits(self.quantizer, self.bits[layer])
+                packed = quantize_layer(layer, w_NK, quantizer, seen)
                 residual_NK = w_NK - packed.unpack()
-                rows.append(layer_row(layer, packed, residual_NK, w_NK, hessian_KK))
+                rows.append(layer_row(layer, packed, residual_NK, w_NK, hessian_KK) | {"bits": quantizer.bits})
                 if self.settings.init_rank:
                     rank = min(self.settings.init_rank, *packed.shape)
                     factors[layer] = lowrank.factor(residual_NK, rank, hessian_KK)
@@ -154,6 +178,30 @@ class Pass:
         needs = self.quantizer.needs | {"hessian"}
         return groups, collect(block, groups, needs, lambda: [call(block, state) for state in states])
 
+    @torch.no_grad()
+    def _sweep(self) -> list[dict]:
+        """The table that `allocation.to_target` takes, of all layers of the full-precision model.
+
+        Measured blocks are noted in the unfinished run, so that going on does not measure them again.
+        """
+        widths, done = allocation.widths(self.quantizer), len(self.assembly.sweep)
+        states, calls = self._embed() if done < len(self.streamed) else ([], [])
+        for index in tqdm(range(len(calls)), desc=f"measure bits {widths}", unit="block", disable=None):
+            start, call, name = time.monotonic(), calls[index], self.streamed.anatomy.name(index)
+            block = self.streamed.load(index)
+            if index >= done:
+                check_finite(name, block)
+                probe, rows = sweep.Probe(block, name, call, states), []
+                for group, seen in zip(*self._see(block, name, states, call), strict=True):
+                    for linear in group:
+                        bits = self.ruled.get(f"{name}.{linear}")
+                        quantizers = [allocation.with_bits(self.quantizer, b) for b in ([bits] if bits else widths)]
+                        rows.append(probe.measure(linear, quantizers, seen))
+                self.assembly.keep_sweep(rows, time.monotonic() - start)
+            advance(block, name, states, call)
+            self.streamed.free(index)
+        return [row for rows in self.assembly.sweep for row in rows]
+
     def _tensors(self, block: nn.Module, index: int) -> dict[str, Tensor]:
         """All tensors of a block by full name; what is not packed is as the checkpoint has it, in its own dtype."""
         stored, prefix = self.streamed.stored(index), self.streamed.anatomy.name(index)
@@ -161,8 +209,19 @@ class Pass:
 
     def _fingerprint(self) -> str:
         ids = self.calibration and hashlib.sha256(self.calibration.input_ids.numpy().tobytes()).hexdigest()
-        parts = [self.about, asdict(self.settings), ids, str(self.streamed.dtype)]
+        settings = asdict(self.settings) | {"target_bpw": None}
+        parts = [self.about, settings, ids, str(self.streamed.dtype)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def check_finite(name: str, block: nn.Module) -> None:
+    """Raises ValueError naming every linear of the block whose weight holds NaN or infinity.
+
+    Before anything runs: a NaN there would only show as a NaN input of the layers behind it.
+    """
+    bad = [f"{name}.{n}" for n, module in anatomy.linears(block).items() if not module.weight.isfinite().all()]
+    if bad:
+        raise ValueError(f"{', '.join(bad)}: the weight holds NaN or infinity; fetch or make the checkpoint again")
 
 
 def correct(block: nn.Module, name: str, factors: lowrank.Factors) -> None:
@@ -209,14 +268,6 @@ def collect(
         for hook in hooks:
             hook.remove()
     return [collector.result() for collector in collectors]
-
-
-def quantize_layer(layer: str, w_NK: Tensor, quantizer: Quantizer, statistics: Statistics | None) -> Packed:
-    """The packed weight; what the quantizer refuses is raised again with the layer's name before it."""
-    try:
-        return quantizer(w_NK, statistics)
-    except ValueError as error:
-        raise ValueError(f"{layer}: {error}") from error
 
 
 def layer_row(layer: str, packed: Packed, residual_NK: Tensor, w_NK: Tensor, hessian_KK: Tensor | None) -> dict:

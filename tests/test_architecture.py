@@ -15,7 +15,7 @@ FLOORS = [
     "quantizers nn",
     "anatomy checkpoint head losses lowrank teacher text",
     "integrations",
-    "stream load assembly allocation",
+    "stream load assembly allocation sweep",
     "blocks trainer evaluate export report bench",
     "runs",
     "recipe compare",

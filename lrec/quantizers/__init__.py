@@ -75,6 +75,14 @@ class Quantizer:
 Base = Quantizer
 
 
+def quantize_layer(layer: str, w_NK: Tensor, quantizer: Quantizer, statistics: Statistics | None) -> Packed:
+    """The packed weight; what the quantizer refuses is raised again with the layer's name before it."""
+    try:
+        return quantizer(w_NK, statistics)
+    except ValueError as error:
+        raise ValueError(f"{layer}: {error}") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class UniformQuantizer(Quantizer):
     """What quantizers to the `uniform` format share: the shape of the grid, and how its steps are chosen."""

@@ -1,0 +1,49 @@
+"""What each width of each layer costs and saves, measured one block of the full-precision model at a time.
+
+The error of a layer at a width is what packing that layer alone does to the output of its block, residual connections
+included: the mean over tokens of ||f(x) - f_q(x)||^2 / ||f(x)||^2. All layers' errors are then noise in the same
+stream relative to its power, so they add up across layers; the layer's own relative output error does not, since
+a small output may hardly matter to the stream and a large one much.
+
+Measured with every other block of SmolLM2-135M packed by gptq in 2 to 4 bits, 2.78 on average (KL on 1024 held-out
+tokens, 2-core CPU machine, 2026-11): 1.33 allocated by this error, 2.16 by the layer's relative output error, 2.54 by
+its absolute one, 2.37 by the block's error relative to what the block adds to the stream.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lrec.quantizers import Quantizer, quantize_layer
+from lrec.statistics import Statistics
+from lrec.stream import BlockCall
+
+WINDOWS = 4
+
+
+class Probe:
+    """A block in full precision and a few windows of calibration text, on which it is run with one layer packed."""
+
+    def __init__(self, block: nn.Module, name: str, call: BlockCall, states: list[Tensor]):
+        """`name` is the block's; of its input `states`, batches (B, L, H), the first WINDOWS windows are taken."""
+        self.block, self.name, self.call = block, name, call
+        self.input_BLH = torch.cat(states[:WINDOWS])[:WINDOWS]
+        self.exact_BLH = call(block, self.input_BLH)
+
+    @torch.no_grad()
+    def measure(self, linear: str, quantizers: list[Quantizer], statistics: Statistics) -> dict:
+        """A linear's row of the table of `allocation.to_target`: bytes and error under each of the quantizers."""
+        module, layer, choices = self.block.get_submodule(linear), f"{self.name}.{linear}", []
+        exact_NK = module.weight.data
+        for quantizer in quantizers:
+            packed = quantize_layer(layer, exact_NK.float(), quantizer, statistics)
+            module.weight.data = packed.unpack().to(exact_NK)
+            error = relative_error(self.call(self.block, self.input_BLH), self.exact_BLH)
+            choices.append({"bits": quantizer.bits, "bytes": packed.nbytes, "error": error})
+        module.weight.data = exact_NK
+        return {"name": layer, "weights": exact_NK.numel(), "choices": choices}
+
+
+def relative_error(out_BLH: Tensor, exact_BLH: Tensor) -> float:
+    """Mean over tokens of ||out - exact||^2 / ||exact||^2."""
+    power_BL = exact_BLH.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return float(((out_BLH.float() - exact_BLH.float()).square().sum(-1) / power_BL).mean())
