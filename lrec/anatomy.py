@@ -48,6 +48,16 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
+def check_finite(block: nn.Module, name: str) -> None:
+    """Raises ValueError naming every linear of the block whose weight holds NaN or infinity.
+
+    To be called before the block runs: there a NaN would only show as a NaN input of the layers behind it.
+    """
+    bad = [f"{name}.{n}" for n, module in linears(block).items() if not module.weight.isfinite().all()]
+    if bad:
+        raise ValueError(f"{', '.join(bad)}: the weight holds NaN or infinity; fetch or make the checkpoint again")
+
+
 def linear_weights(module: nn.Module) -> int:
     """Number of weights in all linears inside a module; packed ones count as what they decode to."""
     return sum(m.in_features * m.out_features for m in linears(module).values())

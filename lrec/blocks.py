@@ -25,7 +25,7 @@ from lrec.nn import PackedLinear
 from lrec.options import setting
 from lrec.quantizers import Quantizer, quantize_layer
 from lrec.statistics import Collector, Statistics
-from lrec.stream import BlockCall, StreamedModel, trim
+from lrec.stream import BlockCall, StreamedModel, advance, trim
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,7 @@ class Pass:
         Raises ValueError that names the layer a quantizer refuses, or the block whose output is not finite.
         """
         streamed, dense = self.streamed, 0
-        if self.settings.target_bpw is not None:
-            self.bits = allocation.to_target(self._sweep(), self.settings.target_bpw)
-        if any(row["bits"] != self.bits[row["name"]] for row in self.assembly.rows):
-            raise ValueError(
-                f"{self.assembly.directory} holds an unfinished run with other bits; finish that one with its "
-                "target_bpw, remove it, or choose another output_dir"
-            )
+        self._allocate()
         states, calls = self._embed()
         streamed.free(None)
         width = "-".join(map(str, dict.fromkeys([min(self.bits.values()), max(self.bits.values())])))
@@ -136,6 +130,20 @@ class Pass:
         share = weights / (weights + dense)
         return self.assembly.finish(streamed.stored(None), streamed.config, self.about, streamed.directory, share)
 
+    def _allocate(self) -> None:
+        """Sets every layer's bits by the target, if there is one; raises ValueError if blocks are done with others."""
+        if self.settings.target_bpw is not None:
+            widths = [allocation.with_bits(self.quantizer, bits) for bits in allocation.widths(self.quantizer)]
+            fixed = {layer: [allocation.with_bits(self.quantizer, bits)] for layer, bits in self.ruled.items()}
+            choices = dict.fromkeys(self.bits, widths) | fixed
+            table = sweep.table(self.streamed, self.assembly, choices, self._embed, self._see)
+            self.bits = allocation.to_target(table, self.settings.target_bpw)
+        if any(row["bits"] != self.bits[row["name"]] for row in self.assembly.rows):
+            raise ValueError(
+                f"{self.assembly.directory} holds an unfinished run with other bits; finish that one with its "
+                "target_bpw, remove it, or choose another output_dir"
+            )
+
     def _embed(self) -> tuple[list[Tensor], list[BlockCall | None]]:
         if self.calibration is None:
             return [], [None] * len(self.streamed)
@@ -148,7 +156,7 @@ class Pass:
     ) -> tuple[list[dict], dict]:
         """Replaces the block's linears by packed ones; a row and a pair of low-rank factors for each layer."""
         name, linears = self.streamed.anatomy.name(index), anatomy.linears(block)
-        check_finite(name, block)
+        anatomy.check_finite(block, name)
         groups, statistics = self._see(block, name, states, call) if states else ([[n] for n in linears], None)
         rows, factors = [], {}
         for group in groups:
@@ -178,30 +186,6 @@ class Pass:
         needs = self.quantizer.needs | {"hessian"}
         return groups, collect(block, groups, needs, lambda: [call(block, state) for state in states])
 
-    @torch.no_grad()
-    def _sweep(self) -> list[dict]:
-        """The table that `allocation.to_target` takes, of all layers of the full-precision model.
-
-        Measured blocks are noted in the unfinished run, so that going on does not measure them again.
-        """
-        widths, done = allocation.widths(self.quantizer), len(self.assembly.sweep)
-        states, calls = self._embed() if done < len(self.streamed) else ([], [])
-        for index in tqdm(range(len(calls)), desc=f"measure bits {widths}", unit="block", disable=None):
-            start, call, name = time.monotonic(), calls[index], self.streamed.anatomy.name(index)
-            block = self.streamed.load(index)
-            if index >= done:
-                check_finite(name, block)
-                probe, rows = sweep.Probe(block, name, call, states), []
-                for group, seen in zip(*self._see(block, name, states, call), strict=True):
-                    for linear in group:
-                        bits = self.ruled.get(f"{name}.{linear}")
-                        quantizers = [allocation.with_bits(self.quantizer, b) for b in ([bits] if bits else widths)]
-                        rows.append(probe.measure(linear, quantizers, seen))
-                self.assembly.keep_sweep(rows, time.monotonic() - start)
-            advance(block, name, states, call)
-            self.streamed.free(index)
-        return [row for rows in self.assembly.sweep for row in rows]
-
     def _tensors(self, block: nn.Module, index: int) -> dict[str, Tensor]:
         """All tensors of a block by full name; what is not packed is as the checkpoint has it, in its own dtype."""
         stored, prefix = self.streamed.stored(index), self.streamed.anatomy.name(index)
@@ -214,16 +198,6 @@ class Pass:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def check_finite(name: str, block: nn.Module) -> None:
-    """Raises ValueError naming every linear of the block whose weight holds NaN or infinity.
-
-    Before anything runs: a NaN there would only show as a NaN input of the layers behind it.
-    """
-    bad = [f"{name}.{n}" for n, module in anatomy.linears(block).items() if not module.weight.isfinite().all()]
-    if bad:
-        raise ValueError(f"{', '.join(bad)}: the weight holds NaN or infinity; fetch or make the checkpoint again")
-
-
 def correct(block: nn.Module, name: str, factors: lowrank.Factors) -> None:
     """Adds B A x to the output of each of the block's linears that has factors (A, B) by its full name."""
     for linear, module in anatomy.linears(block).items():
@@ -234,22 +208,6 @@ def correct(block: nn.Module, name: str, factors: lowrank.Factors) -> None:
                 return out + (args[0] @ a_RK.to(out.dtype).t()) @ b_NR.to(out.dtype).t()
 
             module.register_forward_hook(add)
-
-
-@torch.no_grad()
-def advance(block: nn.Module, name: str, states: list[Tensor], call: BlockCall) -> None:
-    """Runs every batch of hidden states through the block, in place of the old ones.
-
-    Raises ValueError naming the block if its output is NaN or infinite.
-    """
-    for i, state in enumerate(states):
-        states[i] = call(block, state)
-        if not states[i].isfinite().all():
-            bad = int((~states[i].isfinite()).sum())
-            raise ValueError(
-                f"the output of {name} is not finite ({bad} of {states[i].numel()} values in batch {i}); "
-                "check the checkpoint's weights, or compute in float32"
-            )
 
 
 def collect(

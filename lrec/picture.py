@@ -40,8 +40,9 @@ def draw(rows: list[dict], directory: Path) -> str:
     axes.grid(True, which="both", linewidth=0.3, alpha=0.5)
     figure.draw_without_rendering()
     add_labels(axes, points)
-    for kind in ("svg", "png"):
-        figure.savefig(directory / f"quality.{kind}", dpi=150)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+        for kind in ("svg", "png"):
+            figure.savefig(directory / f"quality.{kind}", dpi=150)
     return str(directory / "quality.svg")
 
 
@@ -52,8 +53,6 @@ def place(row: dict) -> tuple[float, float]:
 
 def add_labels(axes, points: list[dict]) -> None:
     """Writes each point's method beside it, inside the axes and over no other label or point where that can be."""
-    from matplotlib.patheffects import withStroke
-
     dots = [axes.transData.transform(place(row)) for row in points]
     taken = [(x - DOT, y - DOT, x + DOT, y + DOT) for x, y in dots]
     frame = axes.get_window_extent().extents
@@ -66,7 +65,7 @@ def add_labels(axes, points: list[dict]) -> None:
                 (x, y),
                 textcoords="offset points",
                 fontsize=8,
-                path_effects=[withStroke(linewidth=2, foreground="white")],
+                bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.3},
                 ha="left" if x > 0 else "right" if x < 0 else "center",
                 va="bottom" if y > 0 else "top" if y < 0 else "center",
                 arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "grey"} if (x, y) in FAR else None,

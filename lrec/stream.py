@@ -205,6 +205,22 @@ class StreamedModel:
                     module._buffers[name] = buffer.to(self.device)
 
 
+@torch.no_grad()
+def advance(block: nn.Module, name: str, states: list[Tensor], call: BlockCall) -> None:
+    """Runs every batch of hidden states through the block, in place of the old ones.
+
+    Raises ValueError naming the block if its output is NaN or infinite.
+    """
+    for i, state in enumerate(states):
+        states[i] = call(block, state)
+        if not states[i].isfinite().all():
+            bad = int((~states[i].isfinite()).sum())
+            raise ValueError(
+                f"the output of {name} is not finite ({bad} of {states[i].numel()} values in batch {i}); "
+                "check the checkpoint's weights, or compute in float32"
+            )
+
+
 def trim() -> None:
     """Hands freed memory back to the system where the C library can, now and from now on as soon as a tensor of 1 MB
     or more is freed (glibc otherwise keeps ever larger ones, up to 32 MB, and its heap full of holes)."""

@@ -10,14 +10,47 @@ tokens, 2-core CPU machine, 2026-11): 1.33 allocated by this error, 2.16 by the 
 its absolute one, 2.37 by the block's error relative to what the block adds to the stream.
 """
 
+import time
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from lrec import anatomy
+from lrec.assembly import Assembly
 from lrec.quantizers import Quantizer, quantize_layer
 from lrec.statistics import Statistics
-from lrec.stream import BlockCall
+from lrec.stream import BlockCall, StreamedModel, advance
 
+# Windows of calibration text that a block is run on, once for every layer and width.
 WINDOWS = 4
+
+
+@torch.no_grad()
+def table(
+    streamed: StreamedModel, assembly: Assembly, choices: dict[str, list[Quantizer]], embed: Callable, see: Callable
+) -> list[dict]:
+    """The table that `allocation.to_target` takes, of every layer under its `choices`.
+
+    `embed()` gives the states that enter the first block and the blocks' calls, `see(block, name, states, call)` the
+    groups of linears that share an input and the statistics of each. Measured blocks are noted in the unfinished run,
+    so that going on does not measure them again.
+    """
+    done = len(assembly.sweep)
+    states, calls = embed() if done < len(streamed) else ([], [])
+    for index in tqdm(range(len(calls)), desc="measure widths", unit="block", disable=None):
+        start, name = time.monotonic(), streamed.anatomy.name(index)
+        block = streamed.load(index)
+        if index >= done:
+            anatomy.check_finite(block, name)
+            probe, rows = Probe(block, name, calls[index], states), []
+            for group, statistics in zip(*see(block, name, states, calls[index]), strict=True):
+                rows += [probe.measure(linear, choices[f"{name}.{linear}"], statistics) for linear in group]
+            assembly.keep_sweep(rows, time.monotonic() - start)
+        advance(block, name, states, calls[index])
+        streamed.free(index)
+    return [row for rows in assembly.sweep for row in rows]
 
 
 class Probe:
@@ -29,7 +62,6 @@ class Probe:
         self.input_BLH = torch.cat(states[:WINDOWS])[:WINDOWS]
         self.exact_BLH = call(block, self.input_BLH)
 
-    @torch.no_grad()
     def measure(self, linear: str, quantizers: list[Quantizer], statistics: Statistics) -> dict:
         """A linear's row of the table of `allocation.to_target`: bytes and error under each of the quantizers."""
         module, layer, choices = self.block.get_submodule(linear), f"{self.name}.{linear}", []
