@@ -3,7 +3,7 @@
     lrec compare --model smollm2 --dataset wikipedia:train --test_dataset wikipedia:test --output_dir C \\
         --methods rtn:2,gptq:2:group_size=128,nf4,icquant:2:inner=kmeans
 
-An entry is METHOD[:BITS][:setting=value...], with any setting of `lrec quantize` for that method; commas part entries.
+An entry is METHOD[:BITS][:setting=value...], with any setting of the method or of the pass; commas part entries.
 Each is quantized by `lrec quantize` in a process of its own, so that time and peak memory are that method's, and
 measured here against the full-precision model, whose final hidden states are kept in memory. `compare.json` is written
 after every method, and calling again goes on from it: a finished row is run again only if its settings or lrec's
@@ -55,7 +55,7 @@ class Entry:
     def folder(self) -> str:
         """A file name that no entry with other settings has."""
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
-        return f"{re.sub(r'[^A-Za-z0-9=_-]+', '_', self.label)}-{digest[:8]}"
+        return f"{re.sub(r'[^A-Za-z0-9=_-]+', '_', self.label)[:80]}-{digest[:8]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Compare(Text, Place):
         Raises ValueError before anything runs for an entry that cannot be read, with the nearest right name, and for
         results in output_dir that are of another model, text or precision.
         """
-        entries = {label: read_entry(label, self.init_rank) for label in self.methods.split(",")}
+        entries = {label: read_entry(label, self.init_rank) for label in labels(self.methods)}
         path = Path(self.output_dir) / RESULTS
         rows = self.finished(path, entries)
         todo = [entry for entry in entries.values() if entry.label not in rows]
@@ -88,9 +88,10 @@ class Compare(Text, Place):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.measure(todo, rows, path)
         order = [FULL, *entries, *(label for label in rows if label not in entries and label != FULL)]
-        failed = sum("error" in row for row in rows.values())
-        shown = [{name: rows[label].get(name) for name in (*COLUMNS, *["error"][: bool(failed)])} for label in order]
-        return {"results": str(path), "picture": picture.draw(shown[1:], path.parent), "failed": failed, "rows": shown}
+        shown = [{name: rows[label].get(name) for name in COLUMNS} for label in order]
+        errors = [{"method": label, "error": rows[label]["error"]} for label in order if "error" in rows[label]]
+        about = {"results": str(path), "picture": picture.draw(shown[1:], path.parent), "failed": len(errors)}
+        return about | {"rows": shown, "errors": errors}
 
     def common(self) -> dict:
         """What all rows of one table agree in."""
@@ -110,7 +111,9 @@ class Compare(Text, Place):
         changed = [f"{name} = {value!r}" for name, value in found["settings"].items() if now.get(name) != value]
         if changed:
             raise ValueError(f"{path} holds results for {', '.join(changed)}; choose another output_dir or remove it")
-        rows = {row["method"]: row for row in found["rows"] if row["lrec"] == __version__ and "error" not in row}
+        rows = {
+            row["method"]: row for row in found["rows"] if row["versions"]["lrec"] == __version__ and "error" not in row
+        }
         return {
             label: row
             for label, row in rows.items()
@@ -121,12 +124,12 @@ class Compare(Text, Place):
         """Evaluates full precision, then each entry; adds their rows and writes the table after every one."""
         test = Text(dataset=self.test_dataset, num_samples=self.test_samples, max_length=self.max_length)
         ids = test.input_ids(load.tokenizer(self.model), None)
-        about = {"settings": self.common(), "machine": machine.about(), "versions": machine.versions()}
+        common, made_on = self.common(), {"machine": machine.about(), "versions": machine.versions()}
 
         def add(label: str, settings: Mapping, found: dict) -> None:
-            stamp = {"settings": dict(settings), "lrec": __version__, "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}"}
-            rows[label] = {"method": label, **found, **stamp}
-            checkpoint.write_json(path, about | {"rows": list(rows.values())})
+            stamp = {"settings": dict(settings), "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}"}
+            rows[label] = {"method": label, **found, **stamp, **made_on}
+            checkpoint.write_json(path, {"settings": common, "rows": list(rows.values())})
 
         full = load.model(self.model, None, self.device, self.dtype)
         teacher = evaluate.states(full, ids, desc=FULL).kept()
@@ -182,26 +185,28 @@ class Compare(Text, Place):
         return report
 
 
+def labels(methods: str) -> list[str]:
+    """The entries of a list: commas part them, but not the rules of a bits_map, which are PATTERN=BITS."""
+    return re.split(r",(?!re:)(?=\w*(?:[:,]|$))", methods)
+
+
 def read_entry(label: str, init_rank: int) -> Entry:
     """METHOD[:BITS][:setting=value...] with every setting that it comes to.
 
     Raises ValueError that begins with the entry, for an unknown method or setting and for a value that is refused.
     """
-    method, *parts = label.split(":")
-    given = {"method": method, "init_rank": init_rank}
-    if parts and "=" not in parts[0]:
-        given["bits"] = parts.pop(0)
+    head, *parts = re.split(r":(?=[\w-]+=)", label)
+    method, colon, bits = head.partition(":")
+    given = {"init_rank": init_rank} | ({"bits": bits} if colon else {})
+    for part in parts:
+        name, _, value = part.partition("=")
+        given[name.replace("-", "_")] = value
     try:
-        for part in parts:
-            name, sign, value = part.partition("=")
-            if not sign:
-                raise ValueError(f"{part!r} sets nothing; an entry is METHOD[:BITS][:setting=value...]")
-            given[name.replace("-", "_")] = value
-        values = {name: value for name, value in given.items() if name != "method"}
-        resolved = options.fill(values, registry.find("quantizers", method), PassSettings)
+        resolved = options.fill(given, registry.find("quantizers", method), PassSettings)
     except ValueError as error:
         raise ValueError(f"methods, {label!r}: {error}") from error
-    return Entry(label, given, {"method": method} | {k: v for part in resolved for k, v in asdict(part).items()})
+    settings = {name: value for part in resolved for name, value in asdict(part).items()}
+    return Entry(label, {"method": method} | given, {"method": method} | settings)
 
 
 def stored_bits(directory: Path) -> float:

@@ -7,6 +7,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from lrec import __version__
+
 LIBRARIES = ("torch", "transformers")
 
 
@@ -24,8 +26,8 @@ def about() -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries whose version changes numbers."""
-    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
+    """Of lrec, of Python and of the libraries whose version changes numbers."""
+    return {"lrec": __version__, "python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
 
 
 def peak_bytes(device) -> int:

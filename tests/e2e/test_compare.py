@@ -12,7 +12,7 @@ from checks import tiny_model
 
 from lrec import checkpoint
 from lrec.cli import main
-from lrec.compare import FULL, RESULTS, Compare, read_entry
+from lrec.compare import FULL, RESULTS, Compare, labels, read_entry
 
 FIRST, SECOND, BAD = "rtn:2:group_size=32", "gptq:3:group_size=32", "gptq:2:group_size=100"
 METHODS = f"{FIRST},{SECOND}"
@@ -112,7 +112,7 @@ def test_a_row_is_taken_up_only_for_the_same_settings(compare):
     [
         ("gptw:2", "'gptw:2'.*Did you mean 'gptq'"),
         ("gptq:2:group_sizes=64", "'gptq:2:group_sizes=64'.*Did you mean 'group_size'"),
-        ("gptq:2:64", "'64' sets nothing"),
+        ("gptq:2:64", "--bits is '2:64', but must be int"),
         ("gptq:5", "bits = 5 is not offered; allowed: 2, 3, 4, 8"),
         ("gptq:two", "--bits is 'two', but must be int"),
         ("gptq:2:output_dir=x", "unknown setting 'output_dir'"),
@@ -125,7 +125,9 @@ def test_a_wrong_entry_is_refused(entry, message):
 
 
 def test_an_entry_comes_to_all_settings_of_its_method():
-    entry = read_entry("gptq:3:group-size=128:bits_map=down_proj=4", 0)
+    found = labels("nf4,gptq:3:group-size=128:bits_map=mlp.*=4,re:.*up_proj=3,down_proj=8,rtn:2,kmeans")
+    assert [label.split(":")[0] for label in found] == ["nf4", "gptq", "rtn", "kmeans"]
+    entry = read_entry(found[1], 0)
     assert entry.settings["method"] == "gptq" and entry.settings["bits"] == 3 and entry.settings["group_size"] == 128
-    assert entry.settings["bits_map"] == "down_proj=4" and entry.settings["init_rank"] == 0
-    assert entry.folder != read_entry("gptq:3:group-size=128:bits_map=down_proj=4", 8).folder
+    assert entry.settings["bits_map"] == "mlp.*=4,re:.*up_proj=3,down_proj=8" and entry.settings["init_rank"] == 0
+    assert entry.folder != read_entry(found[1], 8).folder
