@@ -17,7 +17,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,8 +47,8 @@ class Entry:
     """One method of the list: what it is called there, the settings given, and all settings that these come to."""
 
     label: str
-    given: Mapping[str, object]
-    settings: Mapping[str, object]
+    given: dict[str, object]
+    settings: dict[str, object]
 
     @property
     def folder(self) -> str:
@@ -103,7 +102,7 @@ class Compare(Text, Place):
             "dtype": str(load.dtype_of(self.dtype, device)).removeprefix("torch."),
         }
 
-    def finished(self, path: Path, entries: Mapping[str, Entry]) -> dict[str, dict]:
+    def finished(self, path: Path, entries: dict[str, Entry]) -> dict[str, dict]:
         """The rows of earlier calls that hold, by label: of this lrec, without error, with the settings of now."""
         if not path.exists():
             return {}
@@ -111,13 +110,12 @@ class Compare(Text, Place):
         changed = [f"{name} = {value!r}" for name, value in found["settings"].items() if now.get(name) != value]
         if changed:
             raise ValueError(f"{path} holds results for {', '.join(changed)}; choose another output_dir or remove it")
-        rows = {
-            row["method"]: row for row in found["rows"] if row["versions"]["lrec"] == __version__ and "error" not in row
-        }
         return {
-            label: row
-            for label, row in rows.items()
-            if label not in entries or row["settings"] == dict(entries[label].settings)
+            row["method"]: row
+            for row in found["rows"]
+            if row["versions"]["lrec"] == __version__
+            and "error" not in row
+            and (row["method"] not in entries or row["settings"] == entries[row["method"]].settings)
         }
 
     def measure(self, todo: list[Entry], rows: dict[str, dict], path: Path) -> None:
@@ -126,8 +124,8 @@ class Compare(Text, Place):
         ids = test.input_ids(load.tokenizer(self.model), None)
         common, made_on = self.common(), {"machine": machine.about(), "versions": machine.versions()}
 
-        def add(label: str, settings: Mapping, found: dict) -> None:
-            stamp = {"settings": dict(settings), "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}"}
+        def add(label: str, settings: dict, found: dict) -> None:
+            stamp = {"settings": settings, "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}"}
             rows[label] = {"method": label, **found, **stamp, **made_on}
             checkpoint.write_json(path, {"settings": common, "rows": list(rows.values())})
 
@@ -170,7 +168,7 @@ class Compare(Text, Place):
         if (packed / checkpoint.MANIFEST).exists():
             shutil.rmtree(packed)  # finished, but the call ended before it could note the seconds and bytes
         names = ("model", "dataset", "num_samples", "max_length", "seed", "device", "dtype")
-        values = {name: getattr(self, name) for name in names} | dict(entry.given) | {"output_dir": packed}
+        values = {name: getattr(self, name) for name in names} | entry.given | {"output_dir": packed}
         flags = [f"--{name}={'none' if value is None else value}" for name, value in values.items()]
         command = [sys.executable, "-c", QUANTIZE, "quantize", "--json", *flags]
         packed.parent.mkdir(exist_ok=True)
