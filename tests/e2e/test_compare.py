@@ -59,6 +59,7 @@ def wait_until(condition):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_killed_call_goes_on_with_what_is_missing(compare):
     found, killed = compare
     assert list(killed) == [FULL, FIRST]

@@ -143,3 +143,9 @@ def test_a_rule_without_a_layer_is_refused_before_anything_is_written(place, tmp
     assert quantize(place, tmp_path / "Q", "--bits_map", "dwon_proj=3") == 2
     assert "'dwon_proj' matches no layer; there are model.layers.*.self_attn.q_proj" in capsys.readouterr().err
     assert not (tmp_path / "Q").exists()
+
+
+def test_a_target_without_a_text_is_refused(place, tmp_path, capsys):
+    words = ["--model", str(place / "M"), "--method", "rtn", "--target_bpw", "3", "--output_dir", str(tmp_path / "Q")]
+    assert main(["quantize", *words]) == 2
+    assert "rtn needs calibration (outputs for target_bpw); name a text with --dataset" in capsys.readouterr().err
