@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lrec import allocation, anatomy, checkpoint, lowrank, registry, sweep
+from lrec import allocation, anatomy, blockwise, checkpoint, lowrank, registry, sweep
 from lrec.assembly import Assembly
 from lrec.formats import Packed
 from lrec.nn import PackedLinear
@@ -63,8 +63,11 @@ class Pass:
         calibration: Calibration | None,
         output_dir: Path,
         settings: PassSettings | None = None,
+        about: dict | None = None,
     ):
-        """Raises ValueError for a model that is packed already, for a quantizer that needs calibration where there is
+        """`about` adds to what the manifest says of the run, or takes its place.
+
+        Raises ValueError for a model that is packed already, for a quantizer that needs calibration where there is
         none, for a rule of bits_map that fits no layer or not the method, or if the output directory holds anything
         but an unfinished run of this same pass."""
         if getattr(streamed.config, "quantization_config", None) is not None:
@@ -85,6 +88,7 @@ class Pass:
             "base_model": str(streamed.directory),
             "base_sha256": checkpoint.fingerprint(streamed.directory),
             "calibration": calibration.about if calibration else None,
+            **(about or {}),
         }
         names = [
             f"{streamed.anatomy.name(i)}.{linear}"
@@ -108,18 +112,22 @@ class Pass:
         streamed, dense = self.streamed, 0
         self._allocate()
         states, calls = self._embed()
+        full = [*states] if self.quantizer.refines else None
         streamed.free(None)
         width = "-".join(map(str, dict.fromkeys([min(self.bits.values()), max(self.bits.values())])))
         for index in tqdm(range(len(streamed)), desc=f"quantize, {width} bits", unit="block", disable=None):
             start = time.monotonic()
             block = streamed.load(index)
+            anatomy.check_finite(block, streamed.anatomy.name(index))
+            if full is not None:
+                advance(block, streamed.anatomy.name(index), full, calls[index])
             if index < self.assembly.num_done:
                 for name, packed in self.assembly.packed(index).items():
                     prefix = f"{streamed.anatomy.name(index)}."
                     replace(block, name.removeprefix(prefix), packed.to(streamed.device))
                 factors = self.assembly.factors(index)
             else:
-                rows, factors = self._quantize(block, index, states, calls[index])
+                rows, factors = self._quantize(block, index, states, calls[index], full)
                 self.assembly.save(self._tensors(block, index), rows, factors, time.monotonic() - start)
             dense += sum(p.numel() for p in block.parameters() if p.ndim >= 2)
             if self.settings.correct_stream:
@@ -152,12 +160,23 @@ class Pass:
 
     @torch.no_grad()
     def _quantize(
-        self, block: nn.Module, index: int, states: list[Tensor], call: BlockCall | None
+        self, block: nn.Module, index: int, states: list[Tensor], call: BlockCall | None, full: list[Tensor] | None
     ) -> tuple[list[dict], dict]:
-        """Replaces the block's linears by packed ones; a row and a pair of low-rank factors for each layer."""
+        """Replaces the block's linears by packed ones; a row and a pair of low-rank factors for each layer.
+
+        `full` are the full-precision model's hidden states behind this block, for a quantizer with a second stage.
+        """
         name, linears = self.streamed.anatomy.name(index), anatomy.linears(block)
-        anatomy.check_finite(block, name)
         groups, statistics = self._see(block, name, states, call) if states else ([[n] for n in linears], None)
+        refined, told = {}, {}
+        if full is not None:
+            packed = {
+                linear: self._pack(f"{name}.{linear}", linears[linear].weight, seen)
+                for group, seen in zip(groups, statistics, strict=True)
+                for linear in group
+            }
+            view = blockwise.view(block, states, full, call)
+            refined, told = blockwise.refine(name, self.quantizer, packed, view)
         rows, factors = [], {}
         for group in groups:
             trim()
@@ -165,15 +184,18 @@ class Pass:
             hessian_KK = seen.hessian_KK if seen else None
             for linear in group:
                 layer, w_NK = f"{name}.{linear}", linears.pop(linear).weight.float()
-                quantizer = allocation.with_bits(self.quantizer, self.bits[layer])
-                packed = quantize_layer(layer, w_NK, quantizer, seen)
+                packed = refined.pop(linear) if refined else self._pack(layer, w_NK, seen)
                 residual_NK = w_NK - packed.unpack()
-                rows.append(layer_row(layer, packed, residual_NK, w_NK, hessian_KK) | {"bits": quantizer.bits})
+                row = layer_row(layer, packed, residual_NK, w_NK, hessian_KK)
+                rows.append(row | {"bits": self.bits[layer]} | told)
                 if self.settings.init_rank:
                     rank = min(self.settings.init_rank, *packed.shape)
                     factors[layer] = lowrank.factor(residual_NK, rank, hessian_KK)
                 replace(block, linear, packed)
         return rows, factors
+
+    def _pack(self, layer: str, w_NK: Tensor, seen: Statistics | None) -> Packed:
+        return quantize_layer(layer, w_NK, allocation.with_bits(self.quantizer, self.bits[layer]), seen)
 
     def _see(
         self, block: nn.Module, name: str, states: list[Tensor], call: BlockCall

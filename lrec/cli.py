@@ -33,11 +33,12 @@ usage: lrec VERB [--setting value ...] [--config file.yaml] [--json]
 def quantize(values: dict) -> dict:
     """`lrec quantize`."""
     from lrec.blocks import PassSettings
+    from lrec.restore import Preprocess
     from lrec.runs import Quantize
 
     quantizer = registry.find("quantizers", str(values.get("method", Quantize.method)))
-    run, method, settings = options.fill(values, Quantize, quantizer, PassSettings)
-    return run.run(method, settings)
+    run, method, settings, preprocess = options.fill(values, Quantize, quantizer, PassSettings, Preprocess)
+    return preprocess.run(run, method, settings)
 
 
 def train(values: dict) -> dict:
@@ -105,7 +106,7 @@ def help_text(verb: str | None, values: dict) -> str:
     if verb is None:
         verbs = "\n".join(f"  {name:<10} {what}" for name, what in VERBS.items())
         return HELP.format(verbs=verbs)
-    from lrec import compare, report, runs
+    from lrec import compare, report, restore, runs
     from lrec.blocks import PassSettings
 
     classes = {
@@ -113,6 +114,7 @@ def help_text(verb: str | None, values: dict) -> str:
             runs.Quantize,
             registry.find("quantizers", str(values.get("method", runs.Quantize.method))),
             PassSettings,
+            restore.Preprocess,
         ),
         "train": lambda: (runs.Train,),
         "compare": lambda: (compare.Compare,),

@@ -49,12 +49,15 @@ class Quantize(Text, Place):
     num_samples: int | None = setting(128, "calibration windows")
     seed: int = setting(0, "of the choice of windows")
 
-    def run(self, quantizer: Quantizer, settings: PassSettings | None = None) -> dict:
-        """Quantizes into `output_dir`; a run that was interrupted goes on. Returns the report."""
+    def run(self, quantizer: Quantizer, settings: PassSettings | None = None, about: dict | None = None) -> dict:
+        """Quantizes into `output_dir`; a run that was interrupted goes on. Returns the report.
+
+        `about` is what the manifest is to say otherwise than by this run, as of a model that was itself made.
+        """
         device = load.device_of(self.device)
         dtype = load.dtype_of(self.dtype, device)
         streamed = StreamedModel(text.model_path(self.model), dtype, device)
-        report = Pass(streamed, quantizer, self.calibration(), Path(self.output_dir), settings).run()
+        report = Pass(streamed, quantizer, self.calibration(), Path(self.output_dir), settings, about).run()
         return report | {"peak_bytes": machine.peak_bytes(device)}
 
     def calibration(self) -> Calibration | None:

@@ -15,10 +15,10 @@ FLOORS = [
     "quantizers nn",
     "anatomy checkpoint head losses lowrank teacher text",
     "integrations",
-    "stream load assembly allocation sweep",
+    "stream load assembly allocation sweep blockwise",
     "blocks trainer evaluate export report bench",
     "runs",
-    "recipe compare",
+    "recipe compare restore",
     "cli",
     "__main__",
 ]

@@ -5,6 +5,7 @@ statistics it wants, and `quantize` is a pure function of tensors (no model, no 
 quantizers of the uniform format share, the search of the grid above all, stands here.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,21 @@ SLICE_WEIGHTS = 2**17
 # A float zero beyond this many steps would lose its fraction in fp16. Groups so narrow and so far from zero that the
 # min-max grid came to half of it get the range from zero on instead, as with an integer zero.
 ZERO_LIMIT = 2048
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BlockView:
+    """A whole decoder block as the second stage of a quantizer sees it, over the windows of the calibration text.
+
+    weights: the full weight (N, K) of each linear, by its name inside the block.
+    targets: for each window, the full-precision model's hidden states (1, L, H) after this block.
+    run:     `run(weights, i)` is the output (1, L, H) of the block, with these weights in place of its linears', on the
+             hidden states that the quantized model so far has for window i; differentiable in the weights.
+    """
+
+    weights: dict[str, Tensor]
+    targets: Sequence[Tensor]
+    run: Callable[[dict[str, Tensor], int], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +73,16 @@ class Quantizer:
 
     def quantize(self, w_NK: Tensor, statistics: Statistics | None) -> Packed:
         """What a method defines: finite float32 or float64 weights and the statistics it needs to a packed weight."""
+        raise NotImplementedError
+
+    @property
+    def refines(self) -> bool:
+        """Whether `refine` is to be called; then the pass carries the full-precision model's hidden states too."""
+        return False
+
+    def refine(self, packed: dict[str, Packed], view: BlockView) -> tuple[dict[str, Packed], list[float]]:
+        """What a method with a second stage defines: the block's layers quantized anew from what `quantize` made of
+        each, under the same names, and the history of the loss for the report. Its inputs are not changed."""
         raise NotImplementedError
 
     def _check_statistics(self, K: int, statistics: Statistics | None) -> None:

@@ -1,11 +1,14 @@
 """PTQ1.61: the layer against a textbook twin, its bytes on disk, and the training of its factors."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from lrec.formats.salient import Salient
-from lrec.quantizers.ptq161 import Latent, Ptq161, Refinement, refine, salient_mask, two_branch_loss
+from lrec.quantizers import BlockView
+from lrec.quantizers.ptq161 import Latent, Ptq161, salient_mask, two_branch_loss
 from lrec.statistics import Statistics
 
 
@@ -71,7 +74,7 @@ def test_gradients_of_the_factors():
     upstream = torch.randn(3, 41, dtype=torch.float64)
     latent().backward(upstream)
     _, rest = packed.columns()
-    up, sign = upstream[:, rest], latent.signs_NM
+    up, sign = upstream[:, rest], packed.signs().double()
     s, mu, r1, r2 = latent.s_N[:, None], latent.mu_N[:, None], latent.r1_N[:, None], latent.r2_M[None]
     with torch.no_grad():
         assert torch.allclose(latent.s_N.grad, (up * r1 * r2 * sign).sum(1))
@@ -79,18 +82,20 @@ def test_gradients_of_the_factors():
         assert torch.allclose(latent.r2_M.grad, (up * r1 * (s * sign + mu)).sum(0))
 
 
-def test_two_branch_loss_twin():
+@pytest.mark.parametrize("relative", [False, True])
+def test_two_branch_loss_twin(relative):
     torch.manual_seed(0)
     output, clean, drifted = torch.randn(3, 2, 5, 8, dtype=torch.float64).unbind()
+    clean[0, 0] *= 1000  # a token of massive activations
     expected = 0.0
     for target in (clean, drifted):
-        expected += float((target - output).square().mean())
-        cosines = [
-            float(a @ b / (a.norm() * b.norm())) for a, b in zip(target.view(-1, 8), output.view(-1, 8), strict=True)
-        ]
-        expected -= sum(torch.tensor(c).clamp_min(1e-6).log().item() for c in cosines) / len(cosines)
-    assert float(two_branch_loss(output, clean, drifted)) == pytest.approx(expected, rel=1e-6)
-    assert float(two_branch_loss(clean, clean, clean)) == pytest.approx(0, abs=1e-9)
+        for a, b in zip(target.view(-1, 8), output.view(-1, 8), strict=True):
+            error = float((a - b) @ (a - b)) / (float(a @ a) if relative else 8)
+            error = math.log(1 + error) if relative else error
+            cosine = (a @ b / (a.norm() * b.norm())).clamp_min(1e-6)
+            expected += (error - cosine.log().item()) / 10
+    assert float(two_branch_loss(output, clean, drifted, relative)) == pytest.approx(expected, rel=1e-6)
+    assert float(two_branch_loss(clean, clean, clean, relative)) == pytest.approx(0, abs=1e-9)
 
 
 class Block(torch.nn.Module):
@@ -105,35 +110,39 @@ class Block(torch.nn.Module):
 
 
 def block_and_packed():
+    """A block, its layers packed one by one, both models' hidden states before it, and the view that refining has."""
     torch.manual_seed(0)
     block = Block().requires_grad_(False)
     # Columns of different size, as in real layers: what r2 is for.
     block.up.weight.mul_(torch.logspace(-0.5, 0.5, 96)[torch.randperm(96)])
     block.down.weight.mul_(torch.logspace(-0.5, 0.5, 160)[torch.randperm(160)])
-    full = {name: value.detach() for name, value in block.named_parameters()}
+    full = {"up": block.up.weight, "down": block.down.weight}
     strength = torch.linspace(0.2, 3, 96)
-    states = [(torch.randn(2, 16, 96) * strength,) * 2 for _ in range(6)]
-    states = [(clean, clean + 0.02 * torch.randn_like(clean)) for clean, _ in states]
-    maxima = {"up.weight": strength, "down.weight": torch.rand(160)}
+    cleans = [torch.randn(1, 16, 96) * strength for _ in range(6)]
+    ours = [clean + 0.02 * torch.randn_like(clean) for clean in cleans]
+    maxima = {"up": strength, "down": torch.rand(160)}
     packed = {name: Ptq161()(w, Statistics(num_tokens=1, maxima_K=maxima[name])) for name, w in full.items()}
-    return block, full, packed, states
+
+    def run(weights, i):
+        return torch.func.functional_call(block, {f"{name}.weight": w for name, w in weights.items()}, (ours[i],))
+
+    return packed, BlockView(weights=full, targets=[block(clean) for clean in cleans], run=run), block, ours
 
 
 def test_refining_a_block_brings_its_outputs_closer_and_changes_factors_alone():
-    block, full, packed, states = block_and_packed()
+    packed, view, _, _ = block_and_packed()
 
-    def run(weights, i, state):
-        return torch.func.functional_call(block, weights, (state,))
-
-    def loss(weights):
-        with torch.no_grad():
-            parts = [
-                two_branch_loss(run(weights, i, b), run(full, i, a), run(full, i, b)) for i, (a, b) in enumerate(states)
-            ]
+    def loss(some):
+        weights = {name: p.unpack() for name, p in some.items()}
+        parts = [
+            two_branch_loss(view.run(weights, i), view.targets[i], view.run(view.weights, i), True) for i in range(6)
+        ]
         return float(torch.stack(parts).mean())
 
-    refined, history = refine(packed, full, run, states, Refinement(epochs=30, scale_lr=2e-3, factor_lr=5e-3))
-    before, after = (loss({name: p.unpack() for name, p in some.items()}) for some in (packed, refined))
+    method = Ptq161(refine_epochs=30, scale_lr=2e-3, factor_lr=5e-3)
+    refined, history = method.refine(packed, view)
+    before, after = loss(packed), loss(refined)
+    assert len(history) == 30
     assert history[0] == pytest.approx(before, rel=0.2)
     assert after == pytest.approx(history[-1], rel=0.1)
     assert after < 0.7 * before
@@ -143,18 +152,61 @@ def test_refining_a_block_brings_its_outputs_closer_and_changes_factors_alone():
             assert torch.equal(new.tensors()[tensor], packed[name].tensors()[tensor])
         assert not torch.equal(new.column, packed[name].column)
         assert new.nbytes == packed[name].nbytes
-    again, _ = refine(packed, full, run, states, Refinement(epochs=30, scale_lr=2e-3, factor_lr=5e-3))
+    again, _ = method.refine(packed, view)
     assert all(torch.equal(again[name].unpack(), new.unpack()) for name, new in refined.items())
 
 
-def test_a_loss_that_is_not_finite_stops_the_training():
-    block, full, packed, states = block_and_packed()
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_first_step_is_that_of_a_float64_twin(relative):
+    packed, view, block, ours = block_and_packed()
+    view = BlockView(weights=view.weights, targets=view.targets[:1], run=view.run)
+    rates = {"scale_lr": 0.01, "factor_lr": 0.05}
+    refined, _ = Ptq161(refine_epochs=1, relative_error=relative, **rates).refine(packed, view)
+    twin, weights = {}, {}
+    for name, old in packed.items():
+        salient, rest = old.columns()
+        s, mu = old.scale.double().requires_grad_(), old.offset.double()
+        r1, r2 = torch.ones_like(s).requires_grad_(), old.column.double().requires_grad_()
+        w = torch.zeros(old.shape, dtype=torch.float64)
+        w[:, salient] = old.salient_weight().double()
+        signs = old.signs().double()
+        w[:, rest] = r1[:, None] * r2 * (s[:, None] * signs + mu[:, None])
+        twin[name], weights[name] = (s, r1, r2, mu), w
+    x, clean = ours[0].double(), view.targets[0].double()
+    inner = torch.nn.functional.silu(x @ weights["up"].t())
+    drifted = block.double()(x)
+    loss = 0.0
+    for target in (clean, drifted):
+        out = x + inner @ weights["down"].t()
+        cosine = (target * out).sum(-1) / (target.norm(dim=-1) * out.norm(dim=-1))
+        error = ((target - out) ** 2).mean(-1)
+        error = (1 + error / (target**2).mean(-1)).log() if relative else error
+        loss = loss + error.mean() - cosine.log().mean()
+    loss.backward()
 
-    def run(weights, i, state):
-        return torch.func.functional_call(block, weights, (state,)) * (float("nan") if i == 3 else 1.0)
+    def first(parameter, rate):
+        """Adam's first step, in which both moments are those of one gradient."""
+        return (parameter - rate * parameter.grad / (parameter.grad.abs() + 1e-8)).detach()
+
+    for name, (s, r1, r2, mu) in twin.items():
+        new_r1 = first(r1, rates["factor_lr"])
+        expected = {
+            "scale": new_r1 * first(s, rates["scale_lr"]),
+            "offset": new_r1 * mu,
+            "column": first(r2, rates["factor_lr"]),
+        }
+        for tensor, value in expected.items():
+            assert torch.allclose(refined[name].tensors()[tensor].double(), value, rtol=2e-3, atol=1e-4), (name, tensor)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training():
+    packed, view, _, _ = block_and_packed()
+
+    def run(weights, i):
+        return view.run(weights, i) * (float("nan") if i == 3 else 1.0)
 
     with pytest.raises(ValueError, match=r"the loss of epoch 1 is nan; .* lower scale_lr"):
-        refine(packed, full, run, states)
+        Ptq161().refine(packed, BlockView(weights=view.weights, targets=view.targets, run=run))
 
 
 @pytest.mark.parametrize(
@@ -163,6 +215,7 @@ def test_a_loss_that_is_not_finite_stops_the_training():
         (lambda: Ptq161(bits=2), r"ptq161 has 1 bit for most columns and 4 for salient ones, not 2"),
         (lambda: Ptq161(salient_share=1.0), r"salient_share = 1.0; allowed: above 0 and below 1"),
         (lambda: Ptq161()(torch.randn(4, 32)), r"needs the maxima"),
+        (lambda: Ptq161(refine_epochs=-1), r"refine_epochs = -1; allowed: 0"),
     ],
 )
 def test_errors_say_what_to_do(make, message):
