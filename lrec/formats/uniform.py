@@ -4,6 +4,11 @@ Codes take exactly `bits` bits each (3-bit codes too). Groups run along K; a las
 (or 0, made K) is one group per row, the per-channel grid. The zero point is one of three: absent for the symmetric
 grid (then it is the middle code 2^(bits-1)), an integer packed as tightly as the codes, or a float (fp16), which a
 2-bit grid profits from and which exact merges need.
+
+Scales and float zeros may take 8 bits in place of 16. A scale is then a small float of 3 exponent and 5 mantissa bits
+(E3M5: at most 1.6 % from any scale down to 1/128 of the largest, coarser below) under an exponent that 32 rows share,
+which costs next to nothing even where rows are short; a zero is a fixed-point number. fp16 holds both exactly, so who
+wants floats decodes them once. A quantizer rounds to these numbers before it chooses codes.
 """
 
 from dataclasses import dataclass
@@ -14,16 +19,24 @@ from torch import Tensor
 from lrec.formats import Packed, pack_codes, unpack_codes
 
 WIDTHS = (2, 3, 4, 8)
+SCALE_WIDTHS = (8, 16)
+# Rows that share the exponent of their 8-bit scales; integer zeros are packed in the same runs.
+RUN = 32
+# Between these exponents all 8-bit scales are fp16 numbers; the last is one too many, so that it shows as infinite.
+EXPONENTS = (-13, 16)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Uniform(Packed):
-    """w_NK[n, k] = scale_NG[n, g] * (q_NK[n, k] - zero[n, g]) with g = k // group_size.
+    """w_NK[n, k] = scale[n, g] * (q_NK[n, k] - zero[n, g]) with g = k // group_size.
 
     qweight: int32 (N, ceil(K/32) * bits), codes in the order of `pack_codes`.
-    scale:   float16 or float32 (N, G), G = ceil(K / group_size).
-    zero:    None: symmetric, zero = 2^(bits-1); float (N, G); or int32 (G, ceil(N/32) * bits), codes packed along N
-             (GPTQ's qzeros, there stored transposed like qweight and, in its version 1, less one).
+    scale:   float16 or float32 (N, G), G = ceil(K / group_size); or uint8 codes c (N, G), which stand for
+             (32 + c % 32) * 2^(x + c // 32 - 12), or c * 2^(x - 11) for c < 32, with x = scale_exponent[n // 32].
+    zero:    None: symmetric, zero = 2^(bits-1); float (N, G); uint8 codes c (N, G), which stand for
+             (c - 64) * 2^(bits - 7); or int32 (G, ceil(N/32) * bits), codes packed along N (GPTQ's qzeros, there
+             stored transposed like qweight and, in its version 1, less one).
+    scale_exponent: int8 (ceil(N/32),), where scale is uint8.
     """
 
     bits: int
@@ -31,12 +44,23 @@ class Uniform(Packed):
     qweight: Tensor
     scale: Tensor
     zero: Tensor | None = None
+    scale_exponent: Tensor | None = None
 
     @classmethod
-    def pack(cls, codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, bits: int, group_size: int) -> "Uniform":
-        """Packs codes; an integer `zero_NG` is stored in `bits` bits, a float one as it is.
+    def pack(
+        cls,
+        codes_NK: Tensor,
+        scale_NG: Tensor,
+        zero_NG: Tensor | None,
+        bits: int,
+        group_size: int,
+        scale_bits: int = 16,
+    ) -> "Uniform":
+        """Packs codes; an integer `zero_NG` is stored in `bits` bits, scales and a float zero as they are or, with
+        `scale_bits` 8, in 8 bits, which must hold them exactly (`round_scales` and `round_zeros` make them so).
 
-        Raises ValueError for a width that is not 2, 3, 4 or 8 or a group size that does not fit scale's shape.
+        Raises ValueError for a width that is not 2, 3, 4 or 8, a group size that does not fit scale's shape, or
+        scales and zeros that 8 bits do not hold.
         """
         N, K = codes_NK.shape
         group_size = group_size or K
@@ -46,15 +70,28 @@ class Uniform(Packed):
             raise ValueError(
                 f"scale has shape {tuple(scale_NG.shape)}, but {K} columns in groups of {group_size} need {needed}"
             )
-        if zero_NG is not None and not zero_NG.is_floating_point():
+        float_zero = zero_NG is not None and zero_NG.is_floating_point()
+        exponent = None
+        if scale_bits == 8:
+            exponent = exponents(scale_NG)
+            scale_NG = _encode_scales(scale_NG, exponent)
+            zero_NG = _encode_zeros(zero_NG, bits) if float_zero else zero_NG
+        if zero_NG is not None and not float_zero:
             zero_NG = pack_codes(zero_NG.t(), bits)
-        codes = pack_codes(codes_NK, bits)
-        return cls(shape=(N, K), bits=bits, group_size=group_size, qweight=codes, scale=scale_NG, zero=zero_NG)
+        return cls(
+            shape=(N, K),
+            bits=bits,
+            group_size=group_size,
+            qweight=pack_codes(codes_NK, bits),
+            scale=scale_NG,
+            zero=zero_NG,
+            scale_exponent=exponent,
+        )
 
-    def unpack(self, rows: slice = slice(None)) -> Tensor:
-        """float32 (n, K) by the equation above."""
+    def unpack(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """float32 (n, K) by the equation above; `rows` may also be int64 indices (n,), in any order."""
         q = self.codes(rows).float()
-        scale, zero = self.scale[rows].float(), self.zeros(rows)
+        scale, zero = self.scales(rows), self.zeros(rows)
         N, K = q.shape
         whole = K - K % self.group_size
         w = torch.empty_like(q)
@@ -65,21 +102,87 @@ class Uniform(Packed):
             w[:, whole:] = (q[:, whole:] - zero[:, -1:]) * scale[:, -1:]
         return w
 
-    def codes(self, rows: slice = slice(None)) -> Tensor:
+    def codes(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """uint8 (n, K)."""
         return unpack_codes(self.qweight[rows], self.bits, self.shape[1])
 
-    def zeros(self, rows: slice = slice(None)) -> Tensor:
-        """float32 (n, G), whichever of the three ways they are stored."""
+    def scales(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """float32 (n, G), whichever way they are stored."""
+        if self.scale.is_floating_point():
+            return self.scale[rows].float()
+        c = self.scale[rows].int()
+        shared = self.scale_exponent.int()
+        exponent = shared[rows // RUN, None] if isinstance(rows, Tensor) else per_row(shared, self.shape[0])[rows]
+        octave = (c // 32).clamp(min=1)
+        return (c - 32 * (octave - 1)) * power_of_two(exponent + octave - 12)
+
+    def zeros(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """float32 (n, G), whichever of the four ways they are stored."""
         if self.zero is None:
             return torch.full_like(self.scale[rows], 2 ** (self.bits - 1), dtype=torch.float32)
         if self.zero.is_floating_point():
             return self.zero[rows].float()
+        if self.zero.dtype == torch.uint8:
+            return (self.zero[rows].float() - 64) * 2.0 ** (self.bits - 7)
+        if isinstance(rows, Tensor):
+            words = self.zero.unflatten(1, (-1, self.bits))[:, rows // RUN]
+            codes = unpack_codes(words, self.bits, RUN)
+            return codes.gather(2, (rows % RUN).expand(len(codes), -1)[..., None])[..., 0].t().float()
         start, stop, _ = rows.indices(self.shape[0])
-        first, last = start // 32, -(-stop // 32)
+        first, last = start // RUN, -(-stop // RUN)
         words = self.zero[:, first * self.bits : last * self.bits]
-        codes = unpack_codes(words, self.bits, (last - first) * 32)
-        return codes[:, start - first * 32 : stop - first * 32].t().float()
+        codes = unpack_codes(words, self.bits, (last - first) * RUN)
+        return codes[:, start - first * RUN : stop - first * RUN].t().float()
+
+
+def per_row(value_R: Tensor, N: int) -> Tensor:
+    """What each run of 32 rows shares, (ceil(N/32),), spread over the N rows, (N, 1)."""
+    return value_R.repeat_interleave(RUN)[:N, None]
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in float32 for integers from -126 to 127, put together from bits: exact on every device."""
+    return ((exponent.int() + 127) << 23).view(torch.float32)
+
+
+def exponents(scale_NG: Tensor) -> Tensor:
+    """int8 (ceil(N/32),): floor(log2) of the largest scale of each run of 32 rows, moved into `EXPONENTS`."""
+    most_N = scale_NG.amax(1)
+    most_R = torch.nn.functional.pad(most_N, (0, -len(most_N) % RUN)).view(-1, RUN).amax(1)
+    return (torch.frexp(most_R).exponent - 1).clamp(*EXPONENTS).to(torch.int8)
+
+
+def round_scales(scale_NG: Tensor, exponent_R: Tensor) -> Tensor:
+    """The nearest positive scales that 8 bits hold under these exponents."""
+    exponent = per_row(exponent_R.int(), len(scale_NG))
+    octave = (torch.frexp(scale_NG).exponent - 1).clamp(exponent - 6, exponent)
+    step = power_of_two(octave - 5).to(scale_NG)
+    least, most = power_of_two(exponent - 11), 63 * power_of_two(exponent - 5)
+    return (scale_NG / step).round_().mul_(step).clamp_(least.to(scale_NG), most.to(scale_NG))
+
+
+def round_zeros(zero_NG: Tensor, bits: int) -> Tensor:
+    """The nearest zeros that 8 bits hold, (c - 64) * 2^(bits - 7) for c = 0 to 255."""
+    step = 2.0 ** (bits - 7)
+    return zero_NG.div(step).round_().clamp_(-64, 191).mul_(step)
+
+
+def _encode_scales(scale_NG: Tensor, exponent_R: Tensor) -> Tensor:
+    if not torch.equal(round_scales(scale_NG.float(), exponent_R), scale_NG.float()):
+        raise ValueError(
+            "scale_bits = 8 does not hold these scales exactly; round them with round_scales before choosing codes"
+        )
+    exponent = per_row(exponent_R.int(), len(scale_NG))
+    octave = (torch.frexp(scale_NG).exponent + 6 - exponent).clamp(min=1)
+    return (scale_NG.float() * power_of_two(12 - exponent - octave) + 32 * (octave - 1)).to(torch.uint8)
+
+
+def _encode_zeros(zero_NG: Tensor, bits: int) -> Tensor:
+    if not torch.equal(round_zeros(zero_NG.float(), bits), zero_NG.float()):
+        raise ValueError(
+            "scale_bits = 8 does not hold these zeros exactly; round them with round_zeros before choosing codes"
+        )
+    return (zero_NG.float() * 2.0 ** (7 - bits) + 64).to(torch.uint8)
 
 
 def groups(K: int, group_size: int) -> int:

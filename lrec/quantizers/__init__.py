@@ -25,8 +25,8 @@ ZERO_SHIFTS = {"middle": (), "int": (1, -1), "float": (0.25, -0.25)}
 REFITS = 3
 # Rows are searched in slices of about this many weights, so that the trials stay inside the cache.
 SLICE_WEIGHTS = 2**17
-# A float zero beyond this many steps would lose its fraction in fp16. Groups so narrow and so far from zero that the
-# min-max grid came to half of it get the range from zero on instead, as with an integer zero.
+# A float zero beyond this many steps would lose its fraction in fp16 (8 bits hold fewer still). Groups so narrow and
+# so far from zero that the min-max grid came to half of it get the range from zero on instead, as with an integer zero.
 ZERO_LIMIT = 2048
 
 
@@ -118,6 +118,7 @@ class UniformQuantizer(Quantizer):
     symmetric: bool = setting(False, "fix the zero point at the middle code 2^(bits-1) and store none")
     zero_point: str = setting("int", "how zero points are stored: int (in `bits` bits) or float (fp16)")
     scale_search: str = setting("mse", "how scales are chosen: minmax (full range) or mse (search of a clipped range)")
+    scale_bits: int = setting(16, "bits of a scale and of a float zero: 16 (fp16) or 8 (E3M5 and fixed point)")
 
     def __post_init__(self):
         if self.bits not in uniform.WIDTHS:
@@ -126,6 +127,8 @@ class UniformQuantizer(Quantizer):
             raise ValueError(registry.nearest(self.zero_point, ("int", "float"), "zero_point"))
         if self.scale_search not in ("minmax", "mse"):
             raise ValueError(registry.nearest(self.scale_search, ("minmax", "mse"), "scale_search"))
+        if self.scale_bits not in uniform.SCALE_WIDTHS:
+            raise ValueError(f"scale_bits = {self.scale_bits} is not offered; allowed: 8, 16")
         if self.symmetric and self.zero_point == "float":
             raise ValueError("a symmetric grid stores no zero point, so it cannot be float; leave out one of the two")
 
@@ -135,12 +138,13 @@ class UniformQuantizer(Quantizer):
         group_size = self.group_size or K
         uniform.check(self.bits, group_size, K)
         zero_point = "middle" if self.symmetric else self.zero_point
-        return find_grid(w_NK, self.bits, group_size, zero_point, weight_K, self.scale_search)
+        return find_grid(w_NK, self.bits, group_size, zero_point, weight_K, self.scale_search, self.scale_bits)
 
     def pack(self, codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> Uniform:
         """The packed weight of codes on a grid that `grid` returned."""
         zero_NG = zero_NG.byte() if self.zero_point == "int" else zero_NG
-        return Uniform.pack(codes_NK, scale_NG, None if self.symmetric else zero_NG, self.bits, self.group_size)
+        zero_NG = None if self.symmetric else zero_NG
+        return Uniform.pack(codes_NK, scale_NG, zero_NG, self.bits, self.group_size, self.scale_bits)
 
 
 def encode(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -154,7 +158,13 @@ def per_column(grid_NG: Tensor, K: int, group_size: int, dtype: torch.dtype) -> 
 
 
 def find_grid(
-    w_NK: Tensor, bits: int, group_size: int, zero_point: str, weight_K: Tensor | None = None, search: str = "mse"
+    w_NK: Tensor,
+    bits: int,
+    group_size: int,
+    zero_point: str,
+    weight_K: Tensor | None = None,
+    search: str = "mse",
+    scale_bits: int = 16,
 ) -> tuple[Tensor, Tensor]:
     """scale_NG and zero_NG, both float16, exactly as they are stored, of the grid scale * (code - zero) of each group.
 
@@ -162,7 +172,8 @@ def find_grid(
     group's range (and zero, unless float); "mse" minimises, from there on,
         sum over the group's columns k of weight_K[k] * (w - scale * (encode(w) - zero))^2,
     weight_K being ones if not given; every trial is scored with the rounded values that are stored, so the result is
-    never worse than minmax by that sum. A group of zeros decodes to exact zeros.
+    never worse than minmax by that sum. A group of zeros decodes to exact zeros. With `scale_bits` 8 scales and float
+    zeros are those that `Uniform` holds in 8 bits; 32 rows share an exponent, that of their widest min-max grid.
 
     Raises ValueError if a scale exceeds fp16.
     """
@@ -173,10 +184,12 @@ def find_grid(
     # A short last group is filled up with columns that neither widen its range nor weigh anything.
     weight_GC = torch.nn.functional.pad(weight_K.to(w_NK), (0, pad)).view(-1, group_size)
     step = max(1, SLICE_WEIGHTS // K)
+    if scale_bits == 8:
+        step = -(-step // uniform.RUN) * uniform.RUN
     found = []
     for rows_NK in w_NK.split(step):
         w_NGC = torch.cat([rows_NK, rows_NK[:, -1:].expand(-1, pad)], 1).view(-1, *weight_GC.shape)
-        trial = _Search(w_NGC, weight_GC, bits, zero_point)
+        trial = _Search(w_NGC, weight_GC, bits, zero_point, scale_bits)
         if search == "mse":
             trial.improve()
         found.append((trial.scale_NG, trial.zero_NG))
@@ -192,22 +205,32 @@ def find_grid(
 class _Search:
     """The best grid found so far for each group of some rows; starts as the min-max grid."""
 
-    def __init__(self, w_NGC: Tensor, weight_GC: Tensor, bits: int, zero_point: str):
+    def __init__(self, w_NGC: Tensor, weight_GC: Tensor, bits: int, zero_point: str, scale_bits: int):
         self.w_NGC, self.weight_GC, self.bits, self.zero_point = w_NGC, weight_GC, bits, zero_point
         low, high = w_NGC.aminmax(dim=2)
-        last, middle = 2**bits - 1, 2 ** (bits - 1)
-        far = (high - low) * (ZERO_LIMIT // 2) < torch.maximum(high, -low) * last
+        last = 2**bits - 1
+        limit = ZERO_LIMIT // 2 if scale_bits == 16 else 1.25 * 2**bits
+        far = (high - low) * limit < torch.maximum(high, -low) * last
         with_zero = far if zero_point == "float" else torch.ones_like(far)
         low = torch.where(with_zero, low.clamp(max=0), low)
         high = torch.where(with_zero, high.clamp(min=0), high)
+        unit = 1.0
+        self.exponent_R = None
+        if scale_bits == 8:
+            self.exponent_R = uniform.exponents(self._widest(low, high))
+            unit = uniform.power_of_two(uniform.per_row(self.exponent_R, len(low))).to(low)
         # Only a group of zeros has no range now; any range from zero up keeps its zeros exact.
-        high = high.masked_fill(low == high, last)
-        self.widest_NG = (high - low) / last
-        if zero_point == "middle":
-            self.widest_NG = torch.maximum(high / (last - middle), -low / middle)
+        high = torch.where(low == high, last * unit, high)
+        self.widest_NG = self._widest(low, high)
         self.low_NG, self.center_NG = low, (low + high) / 2
         self.scale_NG, self.zero_NG = self._stored(self.widest_NG, self._zero(self.widest_NG))
         self.error_NG = self._error(self.scale_NG, self.zero_NG)
+
+    def _widest(self, low_NG: Tensor, high_NG: Tensor) -> Tensor:
+        last, middle = 2**self.bits - 1, 2 ** (self.bits - 1)
+        if self.zero_point == "middle":
+            return torch.maximum(high_NG / (last - middle), -low_NG / middle)
+        return (high_NG - low_NG) / last
 
     def improve(self) -> None:
         """Tries the clip ratios, the zero shifts and the refits."""
@@ -228,11 +251,18 @@ class _Search:
         return (2**self.bits - 1) / 2 - self.center_NG / scale_NG
 
     def _stored(self, scale_NG: Tensor, zero_NG: Tensor) -> tuple[Tensor, Tensor]:
+        scale_NG = self._stored_scale(scale_NG)
+        if self.zero_point != "float":
+            return scale_NG, zero_NG.round().clamp_(0, 2**self.bits - 1)
+        if self.exponent_R is not None:
+            return scale_NG, uniform.round_zeros(zero_NG, self.bits)
+        return scale_NG, zero_NG.clamp(-ZERO_LIMIT, ZERO_LIMIT).half().to(scale_NG)
+
+    def _stored_scale(self, scale_NG: Tensor) -> Tensor:
+        if self.exponent_R is not None:
+            scale_NG = uniform.round_scales(scale_NG, self.exponent_R)
         # 2^-24 is fp16's smallest positive number.
-        scale_NG = scale_NG.half().to(scale_NG).clamp_(min=2**-24)
-        if self.zero_point == "float":
-            return scale_NG, zero_NG.clamp(-ZERO_LIMIT, ZERO_LIMIT).half().to(scale_NG)
-        return scale_NG, zero_NG.round().clamp_(0, 2**self.bits - 1)
+        return scale_NG.half().to(scale_NG).clamp_(min=2**-24)
 
     def _error(self, scale_NG: Tensor, zero_NG: Tensor) -> Tensor:
         scale, zero = scale_NG[..., None], zero_NG[..., None]
@@ -260,7 +290,7 @@ class _Search:
         scale_NG = (weighted * (self.w_NGC - w_mean[..., None])).sum(2) / (weighted * q_NGC).sum(2)
         # A group whose codes are all one, or whose weights are all zero, has no fit and keeps its grid.
         scale_NG = torch.where((scale_NG > 0) & scale_NG.isfinite(), scale_NG, self.scale_NG)
-        scale_NG = scale_NG.half().to(scale_NG).clamp_(min=2**-24)
+        scale_NG = self._stored_scale(scale_NG)
         if self.zero_point != "float":
             return scale_NG, self.zero_NG
         zero_NG = q_mean - w_mean / scale_NG

@@ -13,7 +13,7 @@ from lrec.formats.codebook import Codebook, dynamic_levels
 from lrec.formats.outlier import Outlier
 from lrec.formats.salient import Salient
 from lrec.formats.ternary import Ternary
-from lrec.formats.uniform import Uniform
+from lrec.formats.uniform import Uniform, exponents, round_scales, round_zeros
 
 SHAPES = [(41, 401), (33, 1271), (5, 16), (64, 256), (1, 48)]
 
@@ -44,8 +44,12 @@ def halves(*shape):
 def make_uniform(N, K, kind):
     bits, g, zero = kind
     G = math.ceil(K / g)
-    zeros = {"none": None, "int": random_codes((N, G), bits), "float": halves(N, G)}[zero]
-    return Uniform.pack(random_codes((N, K), bits), halves(N, G), zeros, bits, g)
+    zeros = {"none": None, "int": random_codes((N, G), bits), "float": halves(N, G)}
+    if zero in zeros:
+        return Uniform.pack(random_codes((N, K), bits), halves(N, G), zeros[zero], bits, g)
+    scale = torch.rand(N, G) ** 4 + 0.001
+    zeros = {"int8": zeros["int"], "float8": round_zeros(zeros["float"], bits)}
+    return Uniform.pack(random_codes((N, K), bits), round_scales(scale, exponents(scale)), zeros[zero], bits, g, 8)
 
 
 def read_uniform(p):
@@ -56,9 +60,16 @@ def read_uniform(p):
         zero = torch.full((N, K), 2.0 ** (p.bits - 1), dtype=torch.float64)
     elif p.zero.is_floating_point():
         zero = p.zero.double()[:, group]
+    elif p.zero.dtype == torch.uint8:
+        zero = (p.zero.double()[:, group] - 64) * 2.0 ** (p.bits - 7)
     else:
         zero = rows_of(p.zero, p.bits, N).t()[:, group]
-    return p.scale.double()[:, group] * (q - zero)
+    scale = p.scale.double()
+    if p.scale.dtype == torch.uint8:
+        exponent = torch.tensor([[p.scale_exponent[n // 32].item()] for n in range(N)]).double()
+        normal = (32 + scale % 32) * 2 ** (exponent + scale // 32 - 12)
+        scale = torch.where(scale < 32, scale * 2 ** (exponent - 11), normal)
+    return scale[:, group] * (q - zero)
 
 
 def make_codebook(N, K, kind):
@@ -175,7 +186,11 @@ def read_outlier(p):
 
 # For each format: how to make one, how to read it, and the kinds of it.
 FORMATS = {
-    "uniform": (make_uniform, read_uniform, [(2, 16, "int"), (3, 16, "none"), (4, 16, "float"), (8, 16, "int")]),
+    "uniform": (
+        make_uniform,
+        read_uniform,
+        [(2, 16, "int"), (3, 16, "none"), (4, 16, "float"), (8, 16, "int"), (3, 16, "int8"), (2, 16, "float8")],
+    ),
     "codebook": (
         make_codebook,
         read_codebook,

@@ -12,21 +12,25 @@ from lrec.formats.codebook import Codebook
 from lrec.formats.outlier import Outlier
 from lrec.formats.salient import Salient
 from lrec.formats.ternary import Ternary
-from lrec.formats.uniform import Uniform, groups
+from lrec.formats.uniform import Uniform, exponents, groups, round_scales, round_zeros
 from lrec.kernels import Call
 from tests.checks import TOLERANCE, assert_close
 
 ROWS = (0, 1, 2, 3, 4, 5, 8, 9, 33)
 
 
-def uniform(N, K, bits, group_size, zero, scale=torch.float16):
+def uniform(N, K, bits, group_size, zero, scale_bits=16):
     """Random codes; `zero` is None, "codes" or the dtype of a float zero."""
     G = groups(K, group_size or K)
     zeros = None
     if zero is not None:
         codes = zero == "codes"
         zeros = torch.randint(0, 2**bits, (N, G)) if codes else (torch.rand(N, G) * (2**bits - 1)).to(zero)
-    return Uniform.pack(torch.randint(0, 2**bits, (N, K)), (torch.rand(N, G) + 0.1).to(scale), zeros, bits, group_size)
+    codes, scales = torch.randint(0, 2**bits, (N, K)), (torch.rand(N, G) + 0.1).half()
+    if scale_bits == 8:
+        scales = round_scales(scales.float(), exponents(scales))
+        zeros = round_zeros(zeros, bits) if zeros is not None and zeros.is_floating_point() else zeros
+    return Uniform.pack(codes, scales, zeros, bits, group_size, scale_bits)
 
 
 def codebook(N, K, bits, table_shape, group_size=0, block_size=0):
@@ -79,6 +83,10 @@ EXAMPLES = {
             (3, 17, 0, "codes"),
             (130, 2048, 256, torch.float16),
         )
+    }
+    | {
+        f"{bits}bit-scales8-zero-{zero}".replace("torch.", ""): (uniform, 41, 401, bits, 64, zero, 8)
+        for bits, zero in ((2, torch.float16), (3, "codes"), (4, torch.float16), (8, None))
     },
     "codebook": {
         "2bit-weight-blocks": (codebook, 41, 401, 2, (), 0, 64),

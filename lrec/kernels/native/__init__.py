@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lrec.formats.uniform import Uniform
 
@@ -20,6 +21,8 @@ SINGLE_THREAD_WEIGHTS = 2**20
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PATH = Path(__file__).with_name("liblrec_native.so")
 BUILD_LOG = Path(__file__).with_name("build.log")
+# 8-bit scales -> (their version, scales and zeros as floats), let go with the tensor.
+_WIDE = WeakTensorKeyDictionary()
 ZERO_KINDS = {None: 0, torch.int32: 1, torch.float16: 16, torch.float32: 32}
 
 
@@ -70,18 +73,29 @@ def cpu_path() -> str:
 def uniform(packed: Uniform) -> UniformWeight:
     """The C view of a weight whose tensors are contiguous; valid as long as those live."""
     N, K = packed.shape
-    zero = packed.zero
+    scale, zero = wide(packed) if packed.scale.dtype == torch.uint8 else (packed.scale, packed.zero)
     return UniformWeight(
         N,
         K,
         packed.group_size,
         packed.bits,
-        ZERO_KINDS[packed.scale.dtype],
+        ZERO_KINDS[scale.dtype],
         0 if zero is None else ZERO_KINDS[zero.dtype],
         packed.qweight.data_ptr(),
-        packed.scale.data_ptr(),
+        scale.data_ptr(),
         0 if zero is None else zero.data_ptr(),
     )
+
+
+def wide(packed: Uniform) -> tuple[Tensor, Tensor | None]:
+    """Scales and zeros as the C code takes them, 8-bit ones in fp16, which holds them exactly; made once a weight."""
+    # Inference tensors count no versions; those of a weight that changes in place are not among them.
+    version = 0 if packed.scale.is_inference() else packed.scale._version
+    known = _WIDE.get(packed.scale)
+    if known is None or known[0] != version:
+        zero = packed.zeros().half() if packed.zero is not None and packed.zero.dtype == torch.uint8 else packed.zero
+        known = _WIDE[packed.scale] = version, packed.scales().half(), zero
+    return known[1:]
 
 
 def threads(num_weights: int) -> int:
