@@ -43,6 +43,11 @@ def find_blocks(model: nn.Module) -> Blocks:
     return Blocks(path, list(alike[path]))
 
 
+def in_block(name: str) -> bool:
+    """Whether a module of this full name lies in a block: a list of modules gives its items numbers for names."""
+    return any(part.isdigit() for part in name.split("."))
+
+
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
     """The linears of a block by their name inside it, in the order they were defined."""
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}

@@ -52,8 +52,19 @@ class Assembly:
 
     @property
     def rows(self) -> list[dict]:
-        """A row for each layer done: name, shape, spec, bytes, error and hash."""
+        """A row for each layer of a block that is done: name, shape, spec, bytes, error and hash."""
         return [row for block in self.progress["blocks"] for row in block]
+
+    @property
+    def all_rows(self) -> list[dict]:
+        """The same, behind the rows of what is packed in no block: embeddings and head."""
+        return self.progress.get("rest", []) + self.rows
+
+    def save_rest(self, tensors: dict[str, Tensor], rows: list[dict]) -> None:
+        """Writes what is in no block by full name, and the rows of those layers of it that are packed."""
+        checkpoint.write_tensors(self._shard(self.count), tensors)
+        self.progress["rest"] = rows
+        checkpoint.write_json(self.directory / PROGRESS, self.progress)
 
     def save(self, tensors: dict[str, Tensor], rows: list[dict], factors: dict, seconds: float) -> None:
         """Writes the next block: its tensors by full name, its layers' rows and their low-rank factors."""
@@ -91,13 +102,12 @@ class Assembly:
         path = self._factor_file(index)
         return lowrank.load(path) if path.exists() else {}
 
-    def finish(self, rest: dict[str, Tensor], config, about: dict, base_dir: Path, quantized_share: float) -> dict:
-        """Writes what is in no block, tokenizer, config, index, report and manifest; returns the report.
+    def finish(self, config, about: dict, base_dir: Path, quantized_share: float) -> dict:
+        """Writes tokenizer, config, index, report and manifest; returns the report.
 
         `config` is the model's configuration; `about` says method, settings and base, and goes into its
         quantization_config and into the manifest.
         """
-        checkpoint.write_tensors(self._shard(self.count), rest)
         self._merge_factors()
         for path in checkpoint.tokenizer_files(base_dir):
             shutil.copyfile(path, self.directory / path.name)
@@ -105,7 +115,7 @@ class Assembly:
         config.quantization_config = self._quantization_config(about, report)
         config.save_pretrained(self.directory)
         checkpoint.write_index(self.directory, [self._shard(i) for i in range(self.count + 1)])
-        layers = [{key: value for key, value in row.items() if key != "spec"} for row in self.rows]
+        layers = [{key: value for key, value in row.items() if key != "spec"} for row in self.all_rows]
         sweep = {"sweep": self.sweep} if self.sweep else {}
         checkpoint.write_json(self.directory / REPORT, report | {"layers": layers} | sweep)
         checkpoint.write_manifest(self.directory, about)
@@ -127,10 +137,10 @@ class Assembly:
         from lrec.integrations.transformers import LrecQuantConfig
 
         layers: dict[str, dict] = {}
-        for row in self.rows:
+        for row in self.all_rows:
             kind = layers.setdefault(json.dumps(row["spec"]), {"spec": row["spec"], "modules": []})
             kind["modules"].append(row["name"])
-        packed_sha256 = hashlib.sha256("".join(row["sha256"] for row in self.rows).encode()).hexdigest()
+        packed_sha256 = hashlib.sha256("".join(row["sha256"] for row in self.all_rows).encode()).hexdigest()
         about = {**about}
         method, settings = about.pop("method"), about.pop("settings")
         meta = about | {"packed_sha256": packed_sha256, "bits_per_weight": report["bits_per_weight"]}

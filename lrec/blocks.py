@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lrec import allocation, anatomy, blockwise, checkpoint, lowrank, registry, sweep
+from lrec import allocation, anatomy, blockwise, checkpoint, embeddings, lowrank, registry, sweep
 from lrec.assembly import Assembly
 from lrec.formats import Packed
-from lrec.nn import PackedLinear
+from lrec.nn import replace
 from lrec.options import setting
 from lrec.quantizers import Quantizer, quantize_layer
 from lrec.statistics import Collector, Statistics
@@ -51,6 +51,11 @@ class PassSettings:
     target_bpw: float | None = setting(
         None, "stored bits per weight to meet with the least error, in place of bits; measures all widths first"
     )
+    quantize_embeddings: int | None = setting(None, "bits of embeddings and output head: 8 or 4 (none: as they are)")
+
+    def __post_init__(self):
+        if self.quantize_embeddings:
+            embeddings.check_bits(self.quantize_embeddings)
 
 
 class Pass:
@@ -110,6 +115,8 @@ class Pass:
         Raises ValueError that names the layer a quantizer refuses, or the block whose output is not finite.
         """
         streamed, dense = self.streamed, 0
+        if self.settings.quantize_embeddings:
+            self._pack_embeddings()
         self._allocate()
         states, calls = self._embed()
         full = [*states] if self.quantizer.refines else None
@@ -136,7 +143,25 @@ class Pass:
             streamed.free(index)
         weights = sum(row["shape"][0] * row["shape"][1] for row in self.assembly.rows)
         share = weights / (weights + dense)
-        return self.assembly.finish(streamed.stored(None), streamed.config, self.about, streamed.directory, share)
+        if not self.settings.quantize_embeddings:
+            self.assembly.save_rest(streamed.stored(None), [])
+        return self.assembly.finish(streamed.config, self.about, streamed.directory, share)
+
+    @torch.no_grad()
+    def _pack_embeddings(self) -> None:
+        """Packs embeddings and head, and saves them with what else is in no block: all blocks then see them so."""
+        model = self.streamed.model
+        packed = embeddings.pack(model, self.settings.quantize_embeddings)
+        # The model now lacks what was packed, and with it a head stored beside the embeddings that it is tied to.
+        left = model.state_dict().keys()
+        tensors = {key: tensor for key, tensor in self.streamed.stored(None).items() if key in left}
+        for name, (weight, _) in packed.items():
+            tensors |= {f"{name}.{held}": tensor for held, tensor in weight.tensors().items()}
+        rows = [
+            packed_row(name, weight, weight_error=error) | {"bits": weight.bits}
+            for name, (weight, error) in packed.items()
+        ]
+        self.assembly.save_rest(tensors, rows)
 
     def _allocate(self) -> None:
         """Sets every layer's bits by the target, if there is one; raises ValueError if blocks are done with others."""
@@ -253,12 +278,18 @@ def collect(
 def layer_row(layer: str, packed: Packed, residual_NK: Tensor, w_NK: Tensor, hessian_KK: Tensor | None) -> dict:
     """What the report says of a layer; `error` is ||(W - Wq) X||^2 / ||W X||^2 over the calibration inputs, or, if
     there are none, `weight_error` is ||W - Wq||^2 / ||W||^2."""
+    kind = "weight_error" if hessian_KK is None else "error"
+    return packed_row(layer, packed, **{kind: energy(residual_NK, hessian_KK) / energy(w_NK, hessian_KK)})
+
+
+def packed_row(layer: str, packed: Packed, **error: float) -> dict:
+    """What the report and the configuration say of a packed layer."""
     return {
         "name": layer,
         "shape": list(packed.shape),
         "bits_per_weight": packed.bits_per_weight,
         "bytes": packed.nbytes,
-        "weight_error" if hessian_KK is None else "error": energy(residual_NK, hessian_KK) / energy(w_NK, hessian_KK),
+        **error,
         "sha256": checkpoint.tensors_hash(packed.tensors()),
         "spec": packed.spec(),
     }
@@ -268,11 +299,3 @@ def energy(w_NK: Tensor, hessian_KK: Tensor | None) -> float:
     """tr(W H W^T), the mean squared output of a weight; without H, ||W||^2. Never zero, so that one may divide."""
     total = (w_NK.square() if hessian_KK is None else w_NK @ hessian_KK * w_NK).sum()
     return float(total.clamp_min(torch.finfo(torch.float32).tiny))
-
-
-def replace(block: nn.Module, name: str, packed: Packed) -> None:
-    """Puts a PackedLinear in the place of the block's linear of that name; the bias stays."""
-    linear = block.get_submodule(name)
-    parent, _, leaf = name.rpartition(".")
-    bias = None if linear.bias is None else linear.bias.detach()
-    setattr(block.get_submodule(parent), leaf, PackedLinear(packed, bias, linear.weight.dtype))

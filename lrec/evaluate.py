@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lrec import anatomy
 from lrec.head import Head
 from lrec.losses import token_metrics
 from lrec.nn import PackedLinear
@@ -69,8 +70,8 @@ def quality(student: States, input_ids: Tensor, teacher: States | None = None, b
 
 
 def bits_per_weight(model: nn.Module, adapter_bytes: int = 0) -> float | None:
-    """Stored bits of the packed layers and of an adapter on them, per weight; None if no layer is packed."""
-    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    """Stored bits of the blocks' packed layers and of an adapter on them, per weight; None if no layer is packed."""
+    packed = [m for name, m in model.named_modules() if isinstance(m, PackedLinear) and anatomy.in_block(name)]
     weights = sum(m.in_features * m.out_features for m in packed)
     return 8 * (sum(m.packed.nbytes for m in packed) + adapter_bytes) / weights if weights else None
 

@@ -135,8 +135,7 @@ def head_input(model: nn.Module, last_only: bool = False) -> Iterator[list[Tenso
 def verify_head(model: nn.Module, head: Head) -> None:
     """Runs eight tokens through the model and raises ValueError unless `head` makes the model's own logits from the
     hidden states, to 1e-3 relative (1e-2 for half precision): no model is trained on wrong logits in silence."""
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    input_ids = torch.linspace(1, vocab_size - 1, 8, device=model.get_input_embeddings().weight.device).long()[None]
+    input_ids = torch.linspace(1, head.weight.shape[0] - 1, 8, device=next(model.parameters()).device).long()[None]
     with head_input(model) as seen:
         logits = model(input_ids=input_ids, use_cache=False).logits
     if len(seen) != 1:

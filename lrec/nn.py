@@ -1,8 +1,9 @@
-"""PackedLinear: an `nn.Linear` whose weight is packed.
+"""Layers whose weight is packed: an `nn.Linear`, an `nn.Embedding`, and an output head that shares the embeddings'.
 
-It *is* an `nn.Linear` so that transformers, peft and trl treat it as one; its `weight` is a property that decodes,
-uncached, for the few places that ask. The packed tensors are buffers, `qweight` first (peft moves adapters to that
-buffer's device), so they are saved, loaded and moved like any others, and never trained or given gradients.
+They *are* an `nn.Linear` and an `nn.Embedding` so that transformers, peft and trl treat them as such; their `weight` is
+a property that decodes, uncached, for the few places that ask. The packed tensors are buffers, `qweight` first (peft
+moves adapters to that buffer's device), so they are saved, loaded and moved like any others, and never trained or
+given gradients.
 """
 
 import torch
@@ -13,16 +14,22 @@ from lrec import formats
 from lrec.formats import Packed
 
 
-class PackedLinear(nn.Linear):
-    """y = x W^T + b with W packed; `packed` is the weight, `spec` its description, `dtype` that of decoded weights."""
+@torch.library.custom_op("lrec::rows", mutates_args=())
+def _rows(index: Tensor, tensors: list[Tensor], spec: str) -> Tensor:
+    return formats.build(tensors, formats.parse_key(spec)).unpack(index)
 
-    def __init__(self, packed: Packed, bias: Tensor | None = None, dtype: torch.dtype = torch.float32):
-        """Takes over the tensors of `packed` and `bias` without copying. Raises nothing."""
-        N, K = packed.shape
-        super().__init__(K, N, bias=False, device="meta")
+
+@_rows.register_fake
+def _(index: Tensor, tensors: list[Tensor], spec: str) -> Tensor:
+    return index.new_empty(index.shape[0], formats.parse_key(spec)["shape"][1], dtype=torch.float32)
+
+
+class PackedModule(nn.Module):
+    """What the layers below share: `packed` is the weight, `spec` its description, `dtype` that of decoded weights."""
+
+    def _hold(self, packed: Packed, dtype: torch.dtype) -> None:
+        """Takes over the tensors of `packed` without copying, in the place of the parameter `weight`."""
         del self._parameters["weight"]
-        if bias is not None:
-            self.bias = nn.Parameter(bias, requires_grad=False)
         self.dtype = dtype
         self.spec = packed.spec()
         self.key = formats.spec_key(self.spec)
@@ -39,6 +46,42 @@ class PackedLinear(nn.Linear):
         """The decoded weight (N, K), made anew at each access."""
         return self.packed.unpack().to(self.dtype)
 
+    def dequantize(self) -> Tensor:
+        """The decoded weight, under the name by which peft asks for it."""
+        return self.weight
+
+    def extra_repr(self) -> str:
+        """Shape, format and settings, as `print(model)` shows them."""
+        settings = {k: v for k, v in self.spec.items() if k not in ("format", "shape", "tensors")}
+        shown = ", ".join(f"{k}={v}" for k, v in settings.items())
+        return f"{self._shape_repr()}, {self.spec['format']}({shown})"
+
+    def _tensors(self) -> list[Tensor]:
+        return [self._buffers[name] for name in self.spec["tensors"]]
+
+    def _apply(self, fn, recurse=True):
+        # `model.to(dtype)` must move scales and tables but never round them: they are part of the stored weight.
+        held = {name: self._buffers[name] for name in self.spec["tensors"] if name in self._buffers}
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        for name, tensor in held.items():
+            moved = self._buffers[name]
+            if moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+
+class PackedLinear(PackedModule, nn.Linear):
+    """y = x W^T + b with W packed."""
+
+    def __init__(self, packed: Packed, bias: Tensor | None = None, dtype: torch.dtype = torch.float32):
+        """Takes over the tensors of `packed` and `bias` without copying. Raises nothing."""
+        N, K = packed.shape
+        super().__init__(K, N, bias=False, device="meta")
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+        self._hold(packed, dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """x of shape (..., K) to (..., N), in x's dtype, or in that of an enclosing autocast as `nn.Linear` does.
 
@@ -53,10 +96,6 @@ class PackedLinear(nn.Linear):
         y = y.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def dequantize(self) -> Tensor:
-        """The decoded weight, under the name by which peft asks for it."""
-        return self.weight
-
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A frozen `nn.Linear` of the decoded weight and the bias, in `dtype` (the layer's own if None)."""
         dtype = dtype or self.dtype
@@ -66,22 +105,75 @@ class PackedLinear(nn.Linear):
             dense.bias = nn.Parameter(self.bias.detach().to(dtype, copy=True), requires_grad=False)
         return dense.train(self.training)
 
-    def extra_repr(self) -> str:
-        """Shape, format and bits per weight, as `print(model)` shows them."""
-        settings = {k: v for k, v in self.spec.items() if k not in ("format", "shape", "tensors")}
-        shown = ", ".join(f"{k}={v}" for k, v in settings.items())
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.spec['format']}({shown})"
+    def _shape_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+class PackedEmbedding(PackedModule, nn.Embedding):
+    """y = W[ids] with W (V, H) packed: only the rows asked for are decoded."""
+
+    def __init__(self, packed: Packed, dtype: torch.dtype = torch.float32):
+        """Takes over the tensors of `packed`. Raises ValueError for a format whose single rows cannot be decoded."""
+        if packed.name() != "uniform":
+            raise ValueError(f"embeddings are packed in the uniform format, not in {packed.name()}")
+        V, H = packed.shape
+        super().__init__(V, H, device="meta")
+        self._hold(packed, dtype)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids of any shape to (..., H) in `dtype`. Raises IndexError for an id that is no row."""
+        # An op of its own, since torch.compile cannot trace how a Packed is built.
+        rows = torch.ops.lrec.rows(input_ids.flatten(), self._tensors(), self.key).to(self.dtype)
+        return rows.view(*input_ids.shape, self.embedding_dim)
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """A frozen `nn.Embedding` of the decoded weight, in `dtype` (the layer's own if None)."""
+        weight = self.packed.unpack().to(dtype or self.dtype)
+        return nn.Embedding.from_pretrained(weight, freeze=True).train(self.training)
+
+    def _shape_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+class TiedLinear(PackedLinear):
+    """An output head y = x W^T + b whose W is that of a `PackedEmbedding`.
+
+    It asks the embedding for its tensors and holds none: there is one copy in memory and in every file, and nothing
+    that could come apart when a model is moved, saved or loaded.
+    """
+
+    def __init__(self, source: PackedEmbedding, bias: Tensor | None = None):
+        super().__init__(source.packed, bias, source.dtype)
+        for name in self.spec["tensors"]:
+            del self._buffers[name]
+        # In a list, so that the embedding does not become a module of this one.
+        self._source = [source]
+
+    @property
+    def qweight(self) -> Tensor:
+        """The embedding's."""
+        return self._source[0].qweight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As a `PackedLinear`, on the embedding's device."""
+        return super().forward(x.to(self.qweight.device))
 
     def _tensors(self) -> list[Tensor]:
-        return [self._buffers[name] for name in self.spec["tensors"]]
+        return self._source[0]._tensors()
 
-    def _apply(self, fn, recurse=True):
-        # `model.to(dtype)` must move scales and tables but never round them: they are part of the stored weight.
-        held = {name: self._buffers[name] for name in self.spec["tensors"]}
-        super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        for name, tensor in held.items():
-            moved = self._buffers[name]
-            if moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)
-        return self
+
+def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    """The packed layers of a model by name; a head that shares the embeddings' tensors is not one of its own."""
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+    return {name: module for name, module in modules.items() if not isinstance(module, TiedLinear)}
+
+
+def replace(model: nn.Module, name: str, packed: Packed) -> PackedModule:
+    """Puts a packed layer in the place of the linear layer or embedding of that name, and returns it; a bias stays."""
+    module = model.get_submodule(name)
+    if isinstance(module, nn.Embedding):
+        layer = PackedEmbedding(packed, module.weight.dtype)
+    else:
+        layer = PackedLinear(packed, None if module.bias is None else module.bias.detach(), module.weight.dtype)
+    model.set_submodule(name, layer)
+    return layer

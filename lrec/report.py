@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lrec import checkpoint, kernels, text
+from lrec import anatomy, checkpoint, kernels, text
 from lrec.options import setting
 
 
@@ -17,7 +17,7 @@ class Inspect:
     model: str = field(metadata={"help": "packed model"})
 
     def run(self) -> dict:
-        """Totals, and a row per packed layer."""
+        """Totals of the blocks, bytes of the whole, and a row per packed layer, embeddings and head included."""
         directory = text.model_path(self.model)
         config = packed_config(directory)
         rows = []
@@ -25,18 +25,19 @@ class Inspect:
             spec = entry["spec"]
             stored = sum(_bytes(dtype, shape) for dtype, shape in spec["tensors"].values())
             rows += [layer_row(name, spec, stored) for name in entry["modules"]]
-        weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
-        dense = dense_block_weights(directory, {row["name"] for row in rows})
+        inside = [row for row in rows if anatomy.in_block(row["name"])]
+        weights = sum(row["shape"][0] * row["shape"][1] for row in inside)
+        dense = dense_block_weights(directory, {row["name"] for row in inside})
         meta = config.get("meta", {})
         return {
             "model": str(directory),
             "method": config.get("method"),
             "base_model": meta.get("base_model"),
             "packed_sha256": meta.get("packed_sha256"),
-            "bits_per_weight": 8 * sum(row["bytes"] for row in rows) / weights,
+            "bits_per_weight": 8 * sum(row["bytes"] for row in inside) / weights,
             "total_bytes": checkpoint.weights_bytes(directory),
             "quantized_share": weights / (weights + dense),
-            "num_layers": len(rows),
+            "num_layers": len(inside),
             "layers": sorted(rows, key=lambda row: [int(p) if p.isdigit() else p for p in row["name"].split(".")]),
         }
 

@@ -193,8 +193,8 @@ class StreamedModel:
             raise ValueError(f"{self.directory} does not fit {type(self.model).__name__}: {'; '.join(faults)[:500]}")
 
     def _settle_rest(self) -> None:
-        inside = {id(p) for block in self.blocks for p in block.parameters()}
-        missing = [name for name, p in self.model.named_parameters() if p.is_meta and id(p) not in inside]
+        held = self.model.state_dict().items()
+        missing = [name for name, tensor in held if tensor.is_meta and not name.startswith(f"{self.anatomy.path}.")]
         if missing:
             raise ValueError(
                 f"{self.directory} has no weights for {', '.join(missing[:5])}; the checkpoint is incomplete"

@@ -13,7 +13,7 @@ FLOORS = [
     "formats",
     "kernels statistics",
     "quantizers nn",
-    "anatomy checkpoint head losses lowrank teacher text",
+    "anatomy checkpoint embeddings head losses lowrank teacher text",
     "integrations",
     "stream load assembly allocation sweep blockwise",
     "blocks trainer evaluate export report bench",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrec import anatomy, checkpoint
 from lrec.export import Export
-from lrec.nn import PackedLinear
+from lrec.nn import PackedLinear, packed_modules
 from lrec.stream import StreamedModel
 
 
@@ -33,7 +33,7 @@ class Merged(Export):
             dense = dense_block(streamed.load(index), prefix, streamed.stored(index), adapter)
             shards.append(save_shard(dense, output_dir, index, len(streamed) + 1, cls.dtype))
             streamed.free(index)
-        rest = streamed.stored(None)
+        rest = dense_rest(streamed)
         shards.append(save_shard(rest, output_dir, len(streamed), len(streamed) + 1, cls.dtype))
         if adapter and adapter.unused():
             raise ValueError(
@@ -60,6 +60,17 @@ def dense_block(block, prefix: str, stored: dict[str, Tensor], adapter: "LoraFil
             for held in linear.spec["tensors"]:
                 stored.pop(f"{prefix}.{name}.{held}")
     return {**stored, **tensors}
+
+
+def dense_rest(streamed: StreamedModel) -> dict[str, Tensor]:
+    """What is in no block by full name, packed embeddings and head decoded; a tied head is not written."""
+    tensors = streamed.stored(None)
+    for name, layer in packed_modules(streamed.model).items():
+        if not anatomy.in_block(name):
+            tensors[f"{name}.weight"] = layer.packed.unpack()
+            for held in layer.spec["tensors"]:
+                del tensors[f"{name}.{held}"]
+    return tensors
 
 
 def save_shard(tensors: dict[str, Tensor], directory: Path, index: int, count: int, dtype: torch.dtype) -> Path:

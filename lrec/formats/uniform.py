@@ -11,7 +11,7 @@ which costs next to nothing even where rows are short; a zero is a fixed-point n
 wants floats decodes them once. A quantizer rounds to these numbers before it chooses codes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -183,6 +183,19 @@ def _encode_zeros(zero_NG: Tensor, bits: int) -> Tensor:
             "scale_bits = 8 does not hold these zeros exactly; round them with round_zeros before choosing codes"
         )
     return (zero_NG.float() * 2.0 ** (7 - bits) + 64).to(torch.uint8)
+
+
+def stack(parts: list[Uniform]) -> Uniform:
+    """The weight whose rows are those of `parts`, one after the other; all but the last have a multiple of 32 rows."""
+    assert all(part.shape[0] % RUN == 0 for part in parts[:-1]), [part.shape for part in parts]
+    # Packed zeros run along N; all else has rows, or runs of them, first.
+    tensors = {
+        name: torch.cat([part.tensors()[name] for part in parts], 1 if tensor.dtype == torch.int32 else 0)
+        for name, tensor in parts[0].tensors().items()
+        if name != "qweight"
+    }
+    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+    return replace(parts[0], shape=shape, qweight=torch.cat([part.qweight for part in parts]), **tensors)
 
 
 def groups(K: int, group_size: int) -> int:

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lrec.nn import PackedLinear
+from lrec.nn import PackedLinear, packed_modules
 
 # Initialisations that leave the base weight alone; peft's others subtract the adapter from it.
 INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -83,16 +83,14 @@ def prepare_model_for_training(
     leave gradient checkpointing off. Nothing is cast here. Checkpointing defaults to `use_reentrant=False`. DDP will
     not broadcast the packed weights at every forward, as it does other buffers.
     """
-    modules = dict(model.named_modules())
-    if not any(isinstance(module, BaseTunerLayer) for module in modules.values()):
+    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         model.requires_grad_(False)
     if use_gradient_checkpointing:
         # This also lets the embeddings' output require gradients, without which a reentrant checkpoint passes none on.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
     buffers = [
         f"{place}.{key}"
-        for name, module in modules.items()
-        if isinstance(module, PackedLinear)
+        for name, module in packed_modules(model).items()
         # The names that DDP will know them by if adapters come later.
         for place in (name, f"{name}.base_layer", f"base_model.model.{name}", f"base_model.model.{name}.base_layer")
         for key in module.spec["tensors"]

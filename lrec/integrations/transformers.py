@@ -1,8 +1,9 @@
 """lrec as a quantization method of transformers.
 
 The `quantization_config` of a packed checkpoint lists every distinct spec once, with the names of the modules that
-have it. That is all loading needs: each named `nn.Linear` of the empty model becomes a `PackedLinear` of empty buffers,
-and the ordinary loader fills them, as stored. Mixed precision and new formats need no code here.
+have it. That is all loading needs: each named `nn.Linear` of the empty model becomes a `PackedLinear` of empty buffers
+(an `nn.Embedding` a `PackedEmbedding`, and a head tied to it a `TiedLinear`, which has none), and the ordinary loader
+fills them, as stored. Mixed precision and new formats need no code here.
 
 On the fly, the config holds a quantizer's settings instead. Each weight is packed as it comes off the disk, and
 the model's config then becomes that of a packed checkpoint, so that saving and loading need not know.
@@ -10,6 +11,7 @@ the model's config then becomes that of a packed checkpoint, so that saving and 
 
 import copy
 import dataclasses
+import math
 import warnings
 from pathlib import Path
 
@@ -21,9 +23,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import lrec
-from lrec import checkpoint, formats
+from lrec import anatomy, checkpoint, embeddings, formats
 from lrec.integrations.on_the_fly import PackWeight, plan, quantizer_of
-from lrec.nn import PackedLinear
+from lrec.nn import PackedModule, packed_modules, replace
 
 FORMAT_VERSION = 1
 
@@ -129,7 +131,7 @@ class LrecHfQuantizer(HfQuantizer):
         install(model, self.quantization_config.layers)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        layers = packed_layers(model)
+        layers = packed_modules(model)
         if self.pre_quantized:
             check_loaded(model, layers)
             return
@@ -160,7 +162,7 @@ class LrecHfQuantizer(HfQuantizer):
 
         Raises ValueError while adapters are attached by peft, under whose names nothing could be loaded.
         """
-        layers = packed_layers(model)
+        layers = packed_modules(model)
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
         if any(name.endswith(".base_layer") for name in layers):
@@ -183,17 +185,14 @@ class LrecHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model, dtype=None):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a name once the model has been saved
-        for name, layer in packed_layers(model).items():
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+        for name, layer in layers.items():
             model.set_submodule(name, layer.to_dense(dtype))
+        embeddings.untie(model)
         # Buffers keep their dtype: rotary frequencies are float32 in every model.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         return model
-
-
-def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
-    """The packed layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
 def group_by_spec(specs: dict[str, dict]) -> list[dict]:
@@ -204,16 +203,16 @@ def group_by_spec(specs: dict[str, dict]) -> list[dict]:
     return list(groups.values())
 
 
-def bits_per_weight(layers: dict[str, PackedLinear]) -> float:
-    """Stored bits of the packed layers over their number of weights."""
-    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
-    return 8 * sum(layer.packed.nbytes for layer in layers.values()) / weights
+def bits_per_weight(layers: dict[str, PackedModule]) -> float:
+    """Stored bits of the packed layers inside blocks over their number of weights."""
+    inside = [layer.packed for name, layer in layers.items() if anatomy.in_block(name)]
+    return 8 * sum(packed.nbytes for packed in inside) / max(sum(math.prod(packed.shape) for packed in inside), 1)
 
 
 def install(model: nn.Module, layers: list[dict]) -> None:
-    """Puts an empty `PackedLinear` in the place of every module that `layers` names.
+    """Puts an empty packed layer in the place of every module that `layers` names, and ties what is tied to it.
 
-    Raises ValueError naming each one that the model lacks, or that is no linear layer of the packed shape.
+    Raises ValueError naming each one that the model lacks, or that is no linear layer or embedding of the packed shape.
     """
     modules = dict(model.named_modules())
     prefix = f"{model.base_model_prefix}."
@@ -224,27 +223,27 @@ def install(model: nn.Module, layers: list[dict]) -> None:
             # A checkpoint of a model with a head also loads into the model without, and the other way round.
             spellings = (name, name.removeprefix(prefix), prefix + name)
             own = next((spelling for spelling in spellings if spelling in modules), None)
-            linear = modules.get(own)
-            if linear is None:
+            module = modules.get(own)
+            if module is None:
                 is_head = model.base_model is model and "." not in name
                 problems += [] if is_head else [f"{name}: {type(model).__name__} has no such module"]
-            elif not isinstance(linear, nn.Linear):
-                problems.append(f"{name}: is a {type(linear).__name__}, not a linear layer")
-            elif list(linear.weight.shape) != spec["shape"]:
-                problems.append(f"{name}: packed as {spec['shape']}, but the model's is {list(linear.weight.shape)}")
+            elif not isinstance(module, (nn.Linear, nn.Embedding)):
+                problems.append(f"{name}: is a {type(module).__name__}, not a linear layer or an embedding")
+            elif list(module.weight.shape) != spec["shape"]:
+                problems.append(f"{name}: packed as {spec['shape']}, but the model's is {list(module.weight.shape)}")
             else:
-                layer = PackedLinear(formats.empty(spec, "meta"), linear.bias, linear.weight.dtype)
+                layer = replace(model, own, formats.empty(spec, "meta"))
                 # Otherwise transformers decodes every layer to draw a random weight for it, in vain.
                 layer._is_hf_initialized = True
-                model.set_submodule(own, layer)
     if problems:
         raise ValueError(
             f"quantization_config does not fit the model in {len(problems)} places; config.json was altered or belongs "
             "to another model:\n" + "\n".join(problems)
         )
+    embeddings.tie(model)
 
 
-def check_loaded(model: nn.Module, layers: dict[str, PackedLinear]) -> None:
+def check_loaded(model: nn.Module, layers: dict[str, PackedModule]) -> None:
     """Raises ValueError naming every tensor of a packed layer that the checkpoint did not have."""
     for layer in layers.values():
         for name, (dtype, _) in layer.spec["tensors"].items():
