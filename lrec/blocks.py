@@ -138,7 +138,7 @@ class Pass:
                 self.assembly.save(self._tensors(block, index), rows, factors, time.monotonic() - start)
             dense += sum(p.numel() for p in block.parameters() if p.ndim >= 2)
             if self.settings.correct_stream:
-                correct(block, streamed.anatomy.name(index), factors)
+                lowrank.correct(block, streamed.anatomy.name(index), factors)
             advance(block, streamed.anatomy.name(index), states, calls[index])
             streamed.free(index)
         weights = sum(row["shape"][0] * row["shape"][1] for row in self.assembly.rows)
@@ -243,18 +243,6 @@ class Pass:
         settings = asdict(self.settings) | {"target_bpw": None}
         parts = [self.about, settings, ids, str(self.streamed.dtype)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def correct(block: nn.Module, name: str, factors: lowrank.Factors) -> None:
-    """Adds B A x to the output of each of the block's linears that has factors (A, B) by its full name."""
-    for linear, module in anatomy.linears(block).items():
-        if f"{name}.{linear}" in factors:
-            a_RK, b_NR = (factor.to(module.qweight.device) for factor in factors[f"{name}.{linear}"])
-
-            def add(_, args, out, a_RK=a_RK, b_NR=b_NR):
-                return out + (args[0] @ a_RK.to(out.dtype).t()) @ b_NR.to(out.dtype).t()
-
-            module.register_forward_hook(add)
 
 
 def collect(

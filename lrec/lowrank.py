@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lrec import anatomy
+
 Factors = dict[str, tuple[Tensor, Tensor]]
 SLICE = 512  # rows of a residual, or columns of a Hessian, that are cast to float64 at once
 
@@ -110,6 +112,18 @@ def _misfit(layer: nn.Module, adapter_name: str, pair: tuple[Tensor, Tensor] | N
     if adapter_name in getattr(layer, "lora_variant", {}):
         return f"the adapter is {type(layer.lora_variant[adapter_name]).__name__}, not plain LoRA"
     return None
+
+
+def correct(block: nn.Module, name: str, factors: Factors) -> None:
+    """Adds B A x to the output of each of the block's linears that has factors (A, B) by its full name."""
+    for linear, module in anatomy.linears(block).items():
+        if f"{name}.{linear}" in factors:
+            a_RK, b_NR = (factor.to(module.qweight.device) for factor in factors[f"{name}.{linear}"])
+
+            def add(_, args, out, a_RK=a_RK, b_NR=b_NR):
+                return out + (args[0] @ a_RK.to(out.dtype).t()) @ b_NR.to(out.dtype).t()
+
+            module.register_forward_hook(add)
 
 
 def save(factors: Factors, path: str | Path) -> None:
