@@ -106,6 +106,11 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_entry(path: Path) -> dict:
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+
+
 def fingerprint(directory: Path) -> str:
     """Identity of a model's weights: SHA-256 over the names and contents of its weight files."""
     entries = [f"{p.name}:{file_hash(p)}" for p in weight_files(directory)]
@@ -124,7 +129,7 @@ def tensors_hash(tensors: dict[str, Tensor]) -> str:
 
 def write_manifest(directory: Path, about: dict) -> None:
     """Writes the manifest: `about` (base model, recipe, versions) and each weight file's size and hash."""
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in weight_files(directory)}
+    files = {path.name: file_entry(path) for path in weight_files(directory)}
     write_json(directory / MANIFEST, {"format_version": FORMAT_VERSION, **about, "files": files})
 
 
@@ -154,7 +159,7 @@ def verify(directory: Path) -> None:
         elif file_hash(path) != entry["sha256"]:
             wrong.append(f"{name} was altered (its SHA-256 differs)")
     if wrong:
-        raise ValueError(f"{directory} is damaged: {'; '.join(wrong)}. Fetch it again, or quantize again.")
+        raise ValueError(f"{directory} is damaged: {'; '.join(wrong)}. Fetch it or make it again.")
 
 
 def check_stamp(adapter_dir: Path, packed_sha256: str | None) -> dict:

@@ -1,10 +1,11 @@
 """The `lrec` command: one verb, its settings as flags, one report.
 
 Exit codes: 0 done, 1 done but for the methods of `compare` that failed, 2 wrong input (one clear message on stderr),
-3 does not fit in memory, 130 interrupted. With `--json` the report is the only thing on stdout.
+3 does not fit in memory or on the disk, 130 interrupted. With `--json` the report is the only thing on stdout.
 """
 
 import contextlib
+import errno
 import json
 import sys
 
@@ -12,12 +13,13 @@ from lrec import options, registry
 
 VERBS = {
     "quantize": "pack a full-precision model into 2, 3, 4 or 8 bits, one block at a time",
+    "cache": "run a teacher over the training text once and keep its targets on disk",
     "train": "train an adapter that corrects the quantization error, by KL to the teacher",
     "compare": "a table of methods on one model and text, and a picture",
     "evaluate": "perplexity, KL to the teacher and top-1 agreement on held-out text",
     "export": "write what others can load: a peft adapter, a dense merged model",
     "inspect": "what a packed model holds: bits, bytes, layers",
-    "bench": "bench kernels, bench step: speed here beside peers, measured in the same run",
+    "bench": "bench kernels, step, loss, cache: speed here beside peers, measured in the same run",
     "explain": "which kernel serves each layer here, and why faster ones stand aside",
 }
 
@@ -39,6 +41,15 @@ def quantize(values: dict) -> dict:
     quantizer = registry.find("quantizers", str(values.get("method", Quantize.method)))
     run, method, settings, preprocess = options.fill(values, Quantize, quantizer, PassSettings, Preprocess)
     return preprocess.run(run, method, settings)
+
+
+def cache(values: dict) -> dict:
+    """`lrec cache`."""
+    from lrec.capture import CaptureSettings
+    from lrec.runs import Cache
+
+    run, settings = options.fill(values, Cache, CaptureSettings)
+    return run.run(settings)
 
 
 def train(values: dict) -> dict:
@@ -79,7 +90,7 @@ def inspect(values: dict) -> dict:
 
 
 def bench(values: dict) -> dict:
-    """`lrec bench kernels` and `lrec bench step`."""
+    """`lrec bench WHAT`."""
     what = str(values.pop("what", "nothing"))
     if what not in benches():
         raise ValueError(registry.nearest(what, benches(), "bench"))
@@ -88,10 +99,12 @@ def bench(values: dict) -> dict:
 
 def benches() -> dict[str, type]:
     """What `lrec bench` can measure."""
+    from lrec.bench.cache import CacheBench
     from lrec.bench.kernels import Kernels
+    from lrec.bench.loss import Loss
     from lrec.bench.step import Step
 
-    return {"kernels": Kernels, "step": Step}
+    return {"kernels": Kernels, "step": Step, "loss": Loss, "cache": CacheBench}
 
 
 def explain(values: dict) -> dict:
@@ -108,6 +121,7 @@ def help_text(verb: str | None, values: dict) -> str:
         return HELP.format(verbs=verbs)
     from lrec import compare, report, restore, runs
     from lrec.blocks import PassSettings
+    from lrec.capture import CaptureSettings
 
     classes = {
         "quantize": lambda: (
@@ -116,6 +130,7 @@ def help_text(verb: str | None, values: dict) -> str:
             PassSettings,
             restore.Preprocess,
         ),
+        "cache": lambda: (runs.Cache, CaptureSettings),
         "train": lambda: (runs.Train,),
         "compare": lambda: (compare.Compare,),
         "evaluate": lambda: (runs.Evaluate,),
@@ -173,6 +188,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except MemoryError as error:
         print(f"lrec {verb}: does not fit in memory: {error}", file=sys.stderr)
+        return 3
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"lrec {verb}: does not fit on the disk: {error.strerror}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print(f"lrec {verb}: interrupted; run the same command again to go on", file=sys.stderr)

@@ -7,7 +7,7 @@ is given, and the equation by which it makes logits of them. Both are found by l
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,11 @@ class Head:
         bias = None if layer.bias is None else layer.bias.detach()
         config = model.config.get_text_config()
         return cls(weight, bias, getattr(config, "final_logit_softcapping", None), _logit_scale(config))
+
+    def to(self, device: torch.device) -> "Head":
+        """The same head with its tensors on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
 
     def logits(self, hidden_nH: Tensor, out: Tensor | None = None) -> Tensor:
         """l of shape (n, V), float32 or float64, in `out` if it is given."""

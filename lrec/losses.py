@@ -6,10 +6,12 @@ states, and that one is known as soon as the logits are: for the forward KL it i
 the tokens in chunks, makes the two logits of a chunk, turns them in place into the loss and into the gradient with
 respect to logits, projects that back to (n, H), and forgets them. Backward only scales what forward has kept.
 
-    L = sum over tokens with a label of  kl_weight * D(p || q) + ce_weight * -log q_1[label]
+    L = sum over tokens with a label of
+        kl_weight * D(p || q) + ce_weight * -log q_1[label] + hidden_weight * ||h - h_t||^2 / ||h_t||^2
 
-p and q are softmax(logits / temperature) of teacher and student, q_1 is the student at temperature 1. No factor
-temperature^2 is applied: fold it into `kl_weight` to keep the gradient's size (Hinton et al., 1503.02531, section 2).
+h_t and h are the last hidden states of teacher and student (RILQ, 2412.01129), p and q their softmax(logits /
+temperature), q_1 is the student at temperature 1. No factor temperature^2 is applied: fold it into
+`kl_weight` to keep the gradient's size (Hinton et al., 1503.02531, section 2).
 All arithmetic on logits is float32, or float64 for float64 hidden states, whatever autocast says.
 """
 
@@ -91,16 +93,18 @@ class Objective:
     temperature: float = 1.0
     kl_weight: float = 1.0
     ce_weight: float = 0.0
+    hidden_weight: float = 0.0
     chunk_tokens: int | None = None
 
     def __post_init__(self):
         if self.divergence not in DIVERGENCES:
             raise ValueError(registry.nearest(self.divergence, DIVERGENCES, "divergence"))
+        weights = (self.kl_weight, self.ce_weight, self.hidden_weight)
         rules = {
             f"beta = {self.beta} must lie between 0 and 1, both excluded": 0 < self.beta < 1,
             f"temperature = {self.temperature} must be above 0": self.temperature > 0,
-            f"kl_weight = {self.kl_weight} and ce_weight = {self.ce_weight} must be at least 0, one of them above": (
-                min(self.kl_weight, self.ce_weight) >= 0 and self.kl_weight + self.ce_weight > 0
+            f"kl_weight, ce_weight and hidden_weight = {weights} must be at least 0, one of them above": (
+                min(weights) >= 0 and sum(weights) > 0
             ),
             f"chunk_tokens = {self.chunk_tokens} must be at least 1, or None": (
                 self.chunk_tokens is None or self.chunk_tokens >= 1
@@ -110,12 +114,17 @@ class Objective:
         if wrong:
             raise ValueError("; ".join(wrong))
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term compares with the teacher."""
+        return self.kl_weight + self.hidden_weight > 0
+
 
 @dataclass(frozen=True, eq=False)
 class Targets:
     """What a teacher says about T tokens: its last hidden states (T, H') and the head that makes logits of them.
 
-    The loss only calls `divergence`; a teacher that stores something else than hidden states overrides it.
+    The loss calls `divergence`, and reads `hidden` if it matches hidden states: see `lrec.topk` for targets without.
     """
 
     hidden: Tensor
@@ -130,7 +139,7 @@ class Targets:
         t_nV = self.logits(rows_n, logits_nV, space)
         if objective.temperature != 1:
             t_nV, logits_nV = t_nV.div_(objective.temperature), logits_nV.div_(objective.temperature)
-        log_p, log_q = _log_softmax_(t_nV, space), _log_softmax_(logits_nV, space)
+        log_p, log_q = log_softmax_(t_nV, space), log_softmax_(logits_nV, space)
         value, grad = DIVERGENCES[objective.divergence](log_p, log_q, objective.beta, space)
         return value, grad if objective.temperature == 1 else grad.div_(objective.temperature)
 
@@ -150,18 +159,20 @@ class Targets:
         return out.copy_(self.head.logits(hidden))
 
 
-def _log_softmax_(z: Tensor, space: Workspace) -> Tensor:
+def log_softmax_(z: Tensor, space: Workspace) -> Tensor:
+    """log softmax of each row of z, in place of z; uses the buffer "spare"."""
     top = z.amax(-1, keepdim=True)
     total = torch.sub(z, top, out=space("spare", len(z))).exp_().sum(-1, keepdim=True)
     return z.sub_(total.log_().add_(top))
 
 
 class LossSum(NamedTuple):
-    """A loss summed over tokens: `loss` carries the gradient, `kl` and `ce` are its unweighted parts without one."""
+    """A loss summed over tokens: `loss` carries the gradient; `kl`, `ce`, `hidden` are its unweighted parts without."""
 
     loss: Tensor
     kl: Tensor
     ce: Tensor
+    hidden: Tensor
     num_tokens: int
 
 
@@ -171,14 +182,25 @@ def divergence(
     """The sum L at the top of this file over the tokens whose label is not -100; the caller divides.
 
     hidden_TH: the student's last hidden states, the only thing that gets a gradient; labels_T: the token that follows
-    each position (`shift_labels`). Without `targets` the objective must have kl_weight 0. Raises ValueError if the
-    teacher's vocabulary is another.
+    each position (`shift_labels`). Without `targets` kl_weight and hidden_weight must be 0. Raises ValueError if the
+    teacher's vocabulary is another, or if hidden states are to be matched that the targets lack or have another width.
     """
-    if targets is None and objective.kl_weight:
-        raise ValueError("kl_weight > 0 needs a teacher's targets; give them, or set kl_weight to 0")
+    if targets is None and objective.needs_teacher:
+        raise ValueError("kl_weight or hidden_weight > 0 needs a teacher's targets; give them, or set both to 0")
+    if objective.hidden_weight and (targets.hidden is None or targets.hidden.shape[1] != hidden_TH.shape[1]):
+        found = "holds none" if targets.hidden is None else f"has {targets.hidden.shape[1]}"
+        raise ValueError(
+            f"hidden_weight > 0 needs hidden states of the student's width {hidden_TH.shape[1]}, but the teacher "
+            f"{found}; use the student's own full-precision model, live or by a hidden cache, or set it to 0"
+        )
     index = (labels_T != IGNORE).nonzero().flatten()
-    loss, kl, ce = _ChunkedSum.apply(hidden_TH, head, targets, labels_T, index, objective)
-    return LossSum(loss, kl, ce, len(index))
+    loss = kl = ce = far = hidden_TH.new_zeros((), dtype=torch.promote_types(hidden_TH.dtype, torch.float32))
+    if objective.kl_weight or objective.ce_weight:
+        loss, kl, ce = _ChunkedSum.apply(hidden_TH, head, targets, labels_T, index, objective)
+    if objective.hidden_weight:
+        far = hidden_distance(hidden_TH[index], targets.hidden[index.to(targets.hidden.device)])
+        loss = loss + objective.hidden_weight * far
+    return LossSum(loss, kl, ce, far.detach(), len(index))
 
 
 def cross_entropy(hidden_TH: Tensor, head: Head, labels_T: Tensor, chunk_tokens: int | None = None) -> LossSum:
@@ -224,6 +246,14 @@ class _ChunkedSum(torch.autograd.Function):
         return grad_TH * grad_loss.to(grad_TH.dtype), None, None, None, None, None
 
 
+def hidden_distance(hidden_nH: Tensor, target_nH: Tensor) -> Tensor:
+    """The sum over tokens of ||h - h_t||^2 / ||h_t||^2, in float32 or wider, whatever autocast says; differentiable."""
+    dtype = torch.promote_types(hidden_nH.dtype, torch.float32)
+    target_nH = target_nH.to(hidden_nH.device, dtype)
+    # Elementwise: autocast, which lowers products to half precision, leaves all of it alone.
+    return ((hidden_nH.to(dtype) - target_nH).square().sum(1) / target_nH.square().sum(1)).sum()
+
+
 def _chunk(
     logits: Tensor, rows: Tensor, targets: Targets | None, labels_T: Tensor, objective: Objective, space: Workspace
 ) -> tuple[Tensor | float, Tensor | float, Tensor]:
@@ -231,7 +261,7 @@ def _chunk(
     grads = []
     if objective.ce_weight:
         labels = labels_T[rows, None]
-        log_q = _log_softmax_(space("ce", len(rows)).copy_(logits), space)
+        log_q = log_softmax_(space("ce", len(rows)).copy_(logits), space)
         ce = -log_q.gather(1, labels)[:, 0]
         grad = log_q.exp_().scatter_add_(1, labels, -log_q.new_ones(len(rows), 1))
         grads.append(grad.mul_(objective.ce_weight))
@@ -260,11 +290,11 @@ def token_metrics(
     kl_T, agree_T = torch.zeros_like(nll_T), torch.zeros_like(labels_T, dtype=torch.bool)
     targets = None if teacher_hidden_TH is None else Targets(teacher_hidden_TH, teacher_head)
     for rows in index.split(space.shape[0]):
-        log_q = _log_softmax_(student_head.logits(student_hidden_TH[rows], space("student", len(rows))), space)
+        log_q = log_softmax_(student_head.logits(student_hidden_TH[rows], space("student", len(rows))), space)
         nll_T[rows] = -log_q.gather(1, labels_T[rows, None])[:, 0]
         if targets is not None:
             top_q = log_q.argmax(-1)
-            log_p = _log_softmax_(targets.logits(rows, log_q, space), space)
+            log_p = log_softmax_(targets.logits(rows, log_q, space), space)
             agree_T[rows] = top_q == log_p.argmax(-1)
             kl_T[rows] = forward_kl(log_p, log_q, 0, space)[0]
     return (nll_T, None, None) if targets is None else (nll_T, kl_T, agree_T)

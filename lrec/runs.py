@@ -1,16 +1,22 @@
 """The runs lrec makes, one dataclass each: its fields are the flags of a verb, `run()` does the work and returns what
 to report. The command line and the recipes fill them."""
 
+import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from lrec import assembly, checkpoint, export, load, machine, text
 from lrec.blocks import Calibration, Pass, PassSettings
+from lrec.cache import TargetCache
+from lrec.capture import Capture, CaptureSettings
 from lrec.options import setting
 from lrec.quantizers import Quantizer
 from lrec.stream import StreamedModel
+from lrec.teacher import CachedTeacher, LiveTeacher, check_tokenizers, open_cache
+
+WORKING_CACHE = "teacher_cache"  # in the adapter's directory while it is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +76,32 @@ class Quantize(Text, Place):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cache(Text, Place):
+    """`lrec cache`: a teacher's targets on disk, so that training needs no teacher in memory."""
+
+    model: str = field(metadata={"help": "teacher: local directory, Hub id, or a data/ script (smollm2)"})
+    output_dir: str = field(metadata={"help": "new directory for the cache"})
+    seed: int = setting(0, "of the choice of windows; train with the same")
+    dry_run: bool = setting(False, "only tell tokens, bytes, room on the disk and estimated time")
+
+    def run(self, settings: CaptureSettings) -> dict:
+        """Captures into `output_dir`, going on where an interrupted capture stopped. Returns the report."""
+        ids = self.input_ids(load.tokenizer(self.model), self.seed)
+        job = Capture.of(self.model, ids, self.output_dir, settings, self.device, self.dtype)
+        return job.plan() | job.estimate() if self.dry_run else job.run()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train(Text, Place):
     """`lrec train`: a LoRA that corrects the quantization error, trained by KL to the teacher."""
 
     model: str = field(metadata={"help": "packed model"})
-    teacher: str = field(metadata={"help": "the full-precision model it was made from"})
     output_dir: str = field(metadata={"help": "new directory for the adapter"})
+    teacher: str | None = setting(None, "the full-precision model it was made from")
+    teacher_cache: str | None = setting(None, "what `lrec cache` made of that model and these windows, in its place")
+    teacher_targets: Literal["live", "hidden", "topk"] = setting(
+        "live", "without a cache: the teacher in memory, or first cached in output_dir and then away"
+    )
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: int | None = setting(None, "LoRA alpha; the update is scaled by alpha / r (none: alpha = r)")
     lora_dropout: float = setting(0.0, "dropout before the adapters")
@@ -89,23 +115,25 @@ class Train(Text, Place):
         """Trains under `config`, a LrecConfig; the report. Raises ValueError if the parts do not fit together."""
         from datasets import Dataset
 
-        from lrec.teacher import LiveTeacher, check_tokenizers
         from lrec.trainer import LrecTrainer
 
-        if (
-            not config.resume_from_checkpoint
-            and Path(self.output_dir).exists()
-            and any(Path(self.output_dir).iterdir())
-        ):
+        found = {path.name for path in Path(self.output_dir).glob("*")} - {WORKING_CACHE}
+        if found and not config.resume_from_checkpoint:
             raise ValueError(
                 f"{self.output_dir} is not empty; choose another output_dir, remove it (nothing was changed), "
                 "or go on from its last checkpoint with --resume_from_checkpoint true"
             )
         tokenizer = load.tokenizer(self.model)
-        check_tokenizers(load.tokenizer(self.teacher), tokenizer)
-        ids = self.input_ids(tokenizer, self.seed)
-        teacher = LiveTeacher(load.model(self.teacher, None, self.device, self.dtype))
-        model = self.adapted(load.model(self.model, None, self.device, self.dtype), config.gradient_checkpointing)
+        if self.teacher:
+            check_tokenizers(load.tokenizer(self.teacher), tokenizer)
+        ids = self.windows(tokenizer, config)
+        cache = self.cached(tokenizer, ids)
+        base = load.model(self.model, None, self.device, self.dtype)
+        if cache is None:
+            teacher = LiveTeacher(load.model(self.teacher, None, self.device, self.dtype))
+        else:
+            teacher = CachedTeacher(cache, base)
+        model = self.adapted(base, config.gradient_checkpointing)
         trainer = LrecTrainer(
             model=model,
             args=config,
@@ -116,7 +144,7 @@ class Train(Text, Place):
         result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
         trainer.save_model(self.output_dir)
         history = [
-            {k: row[k] for k in ("step", "loss", "kl", "learning_rate") if k in row}
+            {k: row[k] for k in ("step", "loss", "kl", "ce", "hidden", "learning_rate") if k in row}
             for row in trainer.state.log_history
             if "loss" in row
         ]
@@ -124,7 +152,39 @@ class Train(Text, Place):
         if trainer.is_world_process_zero():
             halve(Path(self.output_dir) / "adapter_model.safetensors")
             checkpoint.write_json(Path(self.output_dir) / checkpoint.ADAPTER_STAMP, report)
+            shutil.rmtree(Path(self.output_dir) / WORKING_CACHE, ignore_errors=True)
         return report
+
+    def windows(self, tokenizer, config):
+        """The training windows; where they must be cached first, no more of them than the steps will see."""
+        ids = self.input_ids(tokenizer, self.seed)
+        seen = config.max_steps * config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+        if self.teacher_cache or self.teacher_targets == "live" or self.num_samples or not 0 < seen < len(ids):
+            return ids
+        return replace(self, num_samples=seen).input_ids(tokenizer, self.seed)
+
+    def cached(self, tokenizer, ids) -> TargetCache | None:
+        """The teacher's cache, made now if `teacher_targets` says so; None if the teacher is to be in memory.
+
+        Raises ValueError if there is neither a teacher nor a cache, or if the cache is another teacher's.
+        """
+        from accelerate import PartialState
+
+        if not self.teacher and not self.teacher_cache:
+            raise ValueError("missing --teacher, the full-precision model, or --teacher_cache, what it said")
+        if self.teacher_cache:
+            config = checkpoint.read_json(text.model_path(self.model) / "config.json").get("quantization_config", {})
+            made_of = config.get("meta", {}).get("base_sha256")
+            if self.teacher:
+                made_of = checkpoint.fingerprint(text.model_path(self.teacher))
+            return open_cache(self.teacher_cache, tokenizer, made_of)
+        if self.teacher_targets == "live":
+            return None
+        place = Path(self.output_dir) / WORKING_CACHE
+        with PartialState().main_process_first():
+            settings = CaptureSettings(what=self.teacher_targets)
+            Capture.of(self.teacher, ids, place, settings, self.device, self.dtype).run()
+        return TargetCache(place)
 
     def adapted(self, base, gradient_checkpointing: bool):
         """The base under new trainable adapters, started as `lora_init` says."""
@@ -160,7 +220,7 @@ class Train(Text, Place):
 
         return {
             "base_model": self.model,
-            "teacher": self.teacher,
+            "teacher": self.teacher or self.teacher_cache,
             "packed_sha256": load.packed_sha256(model.get_base_model()),
             "lora_r": self.lora_r,
             "lora_init": self.lora_init,
@@ -186,7 +246,6 @@ class Evaluate(Text, Place):
     def run(self) -> dict:
         """The measured quality and size."""
         from lrec import evaluate
-        from lrec.teacher import check_tokenizers
 
         tokenizer = load.tokenizer(self.model)
         if self.teacher:

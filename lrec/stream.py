@@ -10,7 +10,8 @@ import ctypes
 import gc
 import sys
 from collections import defaultdict
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,7 @@ class StreamedModel:
     def free(self, index: int | None) -> None:
         """Lets go of a block's weights, or with None of all that is in no block; then nothing embeds any more."""
         if index is not None:
-            self.blocks[index].to("meta")
+            empty(self.blocks[index])
         else:
             inside = {module for block in self.blocks for module in block.modules()}
             for module in self.model.modules():
@@ -122,18 +123,14 @@ class StreamedModel:
             hidden.append(hidden_states)
             calls.append(BlockCall(args, kwargs))
             if len(calls) == len(self.blocks):
-                raise _Reached
+                raise Reached
             return hidden_states
 
-        for block in self.blocks:
-            block.forward = recorder
         try:
-            self.model(input_ids=input_ids_BL.to(self.device), use_cache=False)
-        except _Reached:
+            with instead(self.blocks, recorder):
+                self.model(input_ids=input_ids_BL.to(self.device), use_cache=False)
+        except Reached:
             return hidden[0], calls
-        finally:
-            for block in self.blocks:
-                del block.forward
         raise ValueError(
             f"{type(self.model).__name__} ran without visiting every block of {self.anatomy.path} once in order"
         )
@@ -221,6 +218,26 @@ def advance(block: nn.Module, name: str, states: list[Tensor], call: BlockCall) 
             )
 
 
+@contextmanager
+def instead(modules: list[nn.Module], forward: Callable) -> Iterator[None]:
+    """Inside, calling any of these modules calls `forward`."""
+    for module in modules:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def empty(module: nn.Module) -> None:
+    """Moves what a checkpoint would fill to the meta device; other buffers stay, since no loading brings them back."""
+    for part in module.modules():
+        kept = {name: part._buffers[name] for name in part._non_persistent_buffers_set}
+        part._apply(lambda tensor: tensor.to("meta"), recurse=False)
+        part._buffers.update(kept)
+
+
 def trim() -> None:
     """Hands freed memory back to the system where the C library can, now and from now on as soon as a tensor of 1 MB
     or more is freed (glibc otherwise keeps ever larger ones, up to 32 MB, and its heap full of holes)."""
@@ -229,8 +246,8 @@ def trim() -> None:
         libc.malloc_trim(0)
 
 
-class _Reached(BaseException):
-    """Raised by the recorder to leave the forward pass once every block's arguments are known."""
+class Reached(BaseException):
+    """Raised to leave a forward pass once what was wanted of it is known."""
 
 
 def _same(a, b) -> bool:

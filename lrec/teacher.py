@@ -1,15 +1,21 @@
 """Where the student's targets come from: what the full-precision model makes of the same tokens.
 
 A `Teacher` answers one call, `targets(batch)`, with an object that the loss can ask for a divergence. The trainer
-cannot tell whether a model ran just now, as in `LiveTeacher`, or whether hidden states or the largest logits of these
-tokens were read from disk: a cache finds them by the batch's `input_ids`.
+cannot tell whether a model ran just now, as in `LiveTeacher`, or whether hidden states or some logits of these tokens
+were read from disk, as in `CachedTeacher`, which finds them by the batch's `input_ids`.
 """
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from lrec.cache import TargetCache, tokenizer_mark
+from lrec.formats import Packed
 from lrec.head import Head, head_input, verify_head
-from lrec.losses import Targets
+from lrec.losses import Objective, Targets
+from lrec.topk import Sampled, TopK, unpack_ids
 
 PROBE = "The quick brown fox, 2^10 = 1024; été, Ελλάδα, 東京.\n\tdef f(x): return x[::-1]  # 🙂"
 
@@ -41,6 +47,9 @@ class Teacher:
         """Targets of all B*L positions of a batch, which holds `input_ids` (B, L) and what else the model is given."""
         raise NotImplementedError
 
+    def check(self, objective: Objective, windows: Sequence[list[int]]) -> None:
+        """Raises ValueError, before training starts, if it cannot serve this objective on these windows of ids."""
+
     def to(self, device: torch.device) -> "Teacher":
         """Moves what must stand on the student's device, and returns itself."""
         return self
@@ -69,6 +78,89 @@ class LiveTeacher(Teacher):
         if getattr(self.model, "hf_device_map", None) is None:
             self.model.to(device)
         return self
+
+
+class CachedTeacher(Teacher):
+    """Targets that `lrec cache` wrote: hidden states, or a few logits of each token.
+
+    student: the model to be trained. If its head is the teacher's, bit for bit, it serves for both, and the cache's
+    own copy stays on disk. Raises ValueError if the cache is unfinished or was altered.
+    """
+
+    def __init__(self, cache: TargetCache | Path, student: nn.Module | None = None):
+        self.cache = cache if isinstance(cache, TargetCache) else TargetCache(cache)
+        self.kind, self.vocab_size = self.cache.about["kind"], self.cache.about["vocab_size"]
+        self.student, self.head = student, None
+        if self.kind == "hidden":
+            head = self.cache.head()
+            if student is None or not same_head(head, Head.of(student)):
+                self.student, self.head = None, head
+
+    def targets(self, batch: dict[str, Tensor]) -> Targets | TopK:
+        """See `Teacher.targets`. Raises ValueError for a window that is not in the cache."""
+        stored = {name: tensor.flatten(0, 1) for name, tensor in self.cache.read(batch["input_ids"]).items()}
+        if self.kind == "hidden":
+            # The student's head is looked up anew each time: moving a model to a device gives it other tensors.
+            head = Head.of(self.student) if self.head is None else self.head
+            return Targets(stored["hidden"].to(head.weight.device), head)
+        ids = unpack_ids({name: stored[name] for name in stored if name.startswith("ids")})
+        return {"topk": TopK, "sampled": Sampled}[self.kind](stored["values"], ids, stored["lse"])
+
+    def check(self, objective: Objective, windows: Sequence[list[int]]) -> None:
+        """See `Teacher.check`."""
+        if self.kind != "hidden" and objective.hidden_weight:
+            raise ValueError(
+                f"hidden_weight > 0 needs hidden states, but {self.cache.directory} holds logits ({self.kind}); "
+                "set it to 0, or make a cache with --what hidden"
+            )
+        if self.kind != "hidden" and objective.kl_weight:
+            {"topk": TopK, "sampled": Sampled}[self.kind].check(objective)
+        missing = self.cache.missing(windows)
+        if missing:
+            raise ValueError(
+                f"{missing} of {len(windows)} training windows are not in {self.cache.directory}; train on the "
+                "windows it was made of: the same dataset, num_samples, max_length and seed"
+            )
+
+    def to(self, device: torch.device) -> "CachedTeacher":
+        """Moves the head, if it is not the student's."""
+        self.head = None if self.head is None else self.head.to(device)
+        return self
+
+
+def same_head(stored: Head, live: Head) -> bool:
+    """Whether a model's head has the stored weights and equation, in whatever dtype the model was loaded."""
+
+    def same(a: Tensor | None, b: Tensor | None) -> bool:
+        if a is None or b is None:
+            return a is b
+        parts = zip(a.split(1024), b.split(1024), strict=True)
+        return a.shape == b.shape and all(torch.equal(x.to(y.device, y.dtype), y) for x, y in parts)
+
+    if isinstance(live.weight, Packed):
+        return False
+    equation = (stored.softcap, stored.scale) == (live.softcap, live.scale)
+    return equation and same(stored.weight, live.weight) and same(stored.bias, live.bias)
+
+
+def open_cache(directory: str | Path, tokenizer, teacher_sha256: str | None) -> TargetCache:
+    """The complete cache in a directory, made with this tokenizer by the teacher of this fingerprint (None: any).
+
+    Raises ValueError if it is another's, unfinished or altered.
+    """
+    cache = TargetCache(directory)
+    if teacher_sha256 is not None and cache.about["teacher_sha256"] != teacher_sha256:
+        raise ValueError(
+            f"{directory} is the cache of another teacher, {cache.about['teacher']} (weights "
+            f"{cache.about['teacher_sha256'][:12]}, wanted {teacher_sha256[:12]}); make one from the model that the "
+            "student was quantized from, or name the cache's teacher with --teacher"
+        )
+    if cache.about["tokenizer"] != tokenizer_mark(tokenizer):
+        raise ValueError(
+            f"{directory} was made with another tokenizer, of {cache.about['tokenizer']['size']} tokens, than the "
+            f"student's, of {len(tokenizer)}; make a cache of the model that the student was quantized from"
+        )
+    return cache
 
 
 def check_tokenizers(teacher, student) -> None:

@@ -8,10 +8,11 @@ also sends an anonymous usage count unless HF_HUB_DISABLE_TELEMETRY=1 or HF_HUB_
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -31,6 +32,12 @@ class LrecConfig(SFTConfig):
 
     kl_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence between teacher and student."})
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy with the data's own tokens."})
+    hidden_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the relative squared distance between the last hidden states."}
+    )
+    hidden_anneal: bool = field(
+        default=False, metadata={"help": "Lower hidden_weight linearly to zero over the training."}
+    )
     temperature: float = field(default=1.0, metadata={"help": "Divides both models' logits in the divergence."})
     divergence: str = field(
         default="forward_kl",
@@ -62,8 +69,10 @@ class LrecConfig(SFTConfig):
         self.objective()
 
     def objective(self) -> Objective:
-        """The part of this that is the loss."""
-        weights = {"kl_weight": self.kl_weight, "ce_weight": self.ce_weight}
+        """The part of this that is the loss, as it is at the first step."""
+        weights = {name: getattr(self, name) for name in ("kl_weight", "ce_weight", "hidden_weight")}
+        if self.hidden_anneal and not self.kl_weight + self.ce_weight:
+            raise ValueError("hidden_anneal leaves no loss at the end; give kl_weight or ce_weight above 0 beside it")
         return Objective(self.divergence, self.beta, self.temperature, **weights, chunk_tokens=self.loss_chunk_tokens)
 
 
@@ -71,7 +80,8 @@ class LrecTrainer(SFTTrainer):
     """trl's SFTTrainer with the loss of `lrec.losses` per target token, against a teacher.
 
     model: a peft model, or a model with `peft_config`; teacher: a `Teacher`, or a model, which becomes a live one; None
-    only for kl_weight = 0. All else as in SFTTrainer. Logs `kl` and, where it has a weight, `ce`, means over tokens.
+    only for kl_weight = hidden_weight = 0. All else as in SFTTrainer. Logs `kl`, `ce` and `hidden`, means over tokens,
+    where they have a weight.
 
     Raises ValueError for a model without trainable adapters, with a trained head, or with another vocabulary than the
     teacher's; and during training, before anything is saved, when a loss or a gradient is not finite.
@@ -88,8 +98,11 @@ class LrecTrainer(SFTTrainer):
         **kwargs: Any,
     ):
         args = args if args is not None else LrecConfig("lrec-adapter")
-        if teacher is None and args.kl_weight:
-            raise ValueError("kl_weight > 0 needs teacher=, the full-precision model; pass it, or set kl_weight=0")
+        if teacher is None and args.objective().needs_teacher:
+            raise ValueError(
+                "kl_weight or hidden_weight > 0 needs teacher=, the full-precision model or its cache; pass it, or set "
+                "both to 0"
+            )
         if kwargs.get("compute_metrics") is not None:
             raise ValueError(
                 "compute_metrics needs logits, which are never made; use lrec.evaluate on the trained model"
@@ -104,14 +117,20 @@ class LrecTrainer(SFTTrainer):
         self.teacher = LiveTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
         if self.teacher is not None:
             self._check_vocabulary()
+            ready = isinstance(self.train_dataset, Dataset) and "input_ids" in self.train_dataset.column_names
+            self.teacher.check(self.objective, self.train_dataset["input_ids"] if ready else [])
             self.teacher.to(self.accelerator.device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean of L over target tokens: those of the whole optimizer step if `num_items_in_batch` tells them."""
         batch = {name: value for name, value in inputs.items() if name != "labels"}
-        targets = self.teacher.targets(batch) if self.objective.kl_weight else None
+        objective = self.objective
+        if self.args.hidden_anneal:
+            left = max(0.0, 1 - self.state.global_step / max(self.state.max_steps, 1))
+            objective = replace(objective, hidden_weight=left * objective.hidden_weight)
+        targets = self.teacher.targets(batch) if objective.needs_teacher else None
         hidden = final_hidden(model, **batch).flatten(0, 1)
-        total = divergence(hidden, Head.of(self.model), targets, shift_labels(inputs["labels"]), self.objective)
+        total = divergence(hidden, Head.of(self.model), targets, shift_labels(inputs["labels"]), objective)
         means = self._record(total, batch)
         if num_items_in_batch is None:
             loss = total.loss / max(total.num_tokens, 1)
@@ -130,12 +149,12 @@ class LrecTrainer(SFTTrainer):
     def _record(self, total, batch: dict[str, Tensor]) -> dict[str, float]:
         mode = "train" if self.model.training else "eval"
         seen = total.kl.new_tensor([total.num_tokens, batch["input_ids"].numel()])
-        kl, ce, num_tokens, num_seen = self.accelerator.reduce(torch.stack([total.kl, total.ce, *seen])).tolist()
-        if not math.isfinite(kl + ce):
+        parts = torch.stack([total.kl, total.ce, total.hidden, *seen])
+        *sums, num_tokens, num_seen = self.accelerator.reduce(parts).tolist()
+        if not math.isfinite(sum(sums)):
             raise ValueError(self._where_not_finite(batch))
-        means = {"kl": kl / max(num_tokens, 1)} if self.objective.kl_weight else {}
-        if self.objective.ce_weight:
-            means["ce"] = ce / max(num_tokens, 1)
+        terms = {name: value / max(num_tokens, 1) for name, value in zip(("kl", "ce", "hidden"), sums, strict=True)}
+        means = {name: value for name, value in terms.items() if getattr(self.objective, f"{name}_weight")}
         for name, value in means.items():
             self._metrics[mode][name].append(value)
         self._total_train_tokens += int(num_seen) // self._tp_size if mode == "train" else 0

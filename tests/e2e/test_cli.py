@@ -186,7 +186,7 @@ def test_training_resumes_to_the_same_adapter(place, tmp_path):
         (["quantize", "--model", "M", "--output_dir", "x", "--max_length", "100000"], "tokens"),
         (["quantize", "--model", "Q", "--output_dir", "x"], "already"),
         (["evaluate", "--model", "Q", "--adapter", "M"], "is not a peft adapter"),
-        (["train", "--model", "Q", "--output_dir", "x"], "missing --teacher"),
+        (["train", "--model", "Q", "--output_dir", "x"], "missing --teacher, .* or --teacher_cache"),
         (["bench", "kernel"], "Did you mean 'kernels'"),
         (["inspect", "--model", "M"], "is not packed by lrec"),
         (["quantize", "--model", "M", "--output_dir", "x", "--dataset", "none"], "gptq needs calibration"),

@@ -17,9 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 import lrec
 from lrec.formats.uniform import Uniform
-from lrec.losses import Targets
 from lrec.nn import PackedLinear
-from lrec.teacher import LiveTeacher, Teacher, check_tokenizers, final_hidden
+from lrec.teacher import check_tokenizers, final_hidden
 from lrec.trainer import LrecConfig, LrecTrainer
 from tests.checks import assert_close, tiny_llama
 
@@ -173,6 +172,18 @@ def test_cross_entropy_joins_with_its_weight(tmp_path):
     assert "kl" not in row and abs(row["loss"] - expected.item()) < 1e-4 * row["loss"]
 
 
+def test_the_pull_on_hidden_states_fades_linearly(tmp_path):
+    settings = {"max_steps": 4, "hidden_weight": 0.5, "hidden_anneal": True, "learning_rate": 1e-9}
+    run = trainer(tmp_path, windows(4), **settings)
+    run.train()
+    rows = [row for row in run.state.log_history if "hidden" in row]
+    shares = [(row["loss"] - row["kl"]) / row["hidden"] / 0.5 for row in rows]
+    assert all(abs(share - left) < 1e-2 for share, left in zip(shares, (1.0, 0.75, 0.5, 0.25), strict=True)), shares
+    assert abs(run.evaluate(windows(4))["eval_loss"] - run.evaluate(windows(4))["eval_kl"]) < 1e-6
+    with pytest.raises(ValueError, match="leaves no loss at the end"):
+        trainer(tmp_path, kl_weight=0.0, hidden_weight=0.5, hidden_anneal=True)
+
+
 def test_two_runs_with_one_seed_are_bitwise_equal(tmp_path):
     runs = [trainer(tmp_path, max_steps=5) for _ in range(2)]
     for run in runs:
@@ -276,24 +287,6 @@ def test_evaluation_gives_the_kl_and_no_logits(tmp_path):
     found = run.evaluate(windows(8, seed=5))
     assert abs(found["eval_loss"] - found["eval_kl"]) < 1e-5 * found["eval_kl"] and found["eval_kl"] > 0
     assert rows == [8]
-
-
-def test_the_trainer_cannot_tell_a_cache_from_a_live_teacher(tmp_path):
-    fp = LiveTeacher(teacher_model())
-    data = windows()
-    head = fp.targets({"input_ids": torch.zeros(1, 2, dtype=torch.long)}).head
-    with torch.no_grad():
-        stored = {tuple(row): final_hidden(fp.model, torch.tensor([row]))[0] for row in data["input_ids"]}
-
-    class Stored(Teacher):
-        vocab_size = VOCAB
-
-        def targets(self, batch):
-            return Targets(torch.cat([stored[tuple(row)] for row in batch["input_ids"].tolist()]), head)
-
-    live, cached = trainer(tmp_path, data, fp, max_steps=5), trainer(tmp_path, data, Stored(), max_steps=5)
-    live.train(), cached.train()
-    assert_close(torch.tensor(kl_log(cached)), torch.tensor(kl_log(live)), 1e-3)
 
 
 def test_peft_config_wraps_a_bare_packed_model(tmp_path):

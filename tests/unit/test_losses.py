@@ -72,6 +72,36 @@ def test_equals_the_unchunked_sum(dtype, name, ce_weight, temperature, head):
     assert gradient[labels == -100].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kl_weight", [0.0, 1.3])
+def test_hidden_states_are_matched_per_token(dtype, kl_weight):
+    hidden, student, _, labels = problem(dtype, softcap=3.0)
+    other = torch.randn(T, H, dtype=torch.float64).to(dtype) * torch.logspace(-2, 2, T, dtype=dtype)[:, None]
+    targets = Targets(other, student)
+    objective = Objective(kl_weight=kl_weight, ce_weight=0.2, hidden_weight=0.7, chunk_tokens=6)
+    actual = divergence(hidden, student, targets, labels, objective)
+    (gradient,) = torch.autograd.grad(3.0 * actual.loss, hidden)
+    wide = hidden.detach().double().requires_grad_()
+    rest, *_ = textbook(wide, student, targets, labels, objective)
+    far = sum((wide[i] - other[i]).norm() ** 2 / other[i].double().norm() ** 2 for i in range(T) if labels[i] != -100)
+    (expected,) = torch.autograd.grad(3.0 * (rest + 0.7 * far), wide)
+    assert_close(actual.hidden, far.detach(), TOLERANCE[dtype], "distance")
+    assert_close(actual.loss.detach(), (rest + 0.7 * far).detach(), TOLERANCE[dtype], "loss")
+    assert_close(gradient, expected, TOLERANCE[dtype], "gradient")
+    assert gradient[labels == -100].count_nonzero() == 0
+
+
+def test_hidden_states_alone_can_be_matched_but_not_those_of_another_width():
+    hidden, student, targets, labels = problem()
+    only = Objective(kl_weight=0.0, hidden_weight=1.0)
+    result = divergence(hidden, student, Targets(2 * hidden.detach(), student), labels, only)
+    assert_close(result.loss.detach(), torch.tensor(0.25 * result.num_tokens), 1e-12)
+    with pytest.raises(ValueError, match=f"width {H}, but the teacher has {H_TEACHER}"):
+        divergence(hidden, student, targets, labels, only)
+    with pytest.raises(ValueError, match="needs a teacher"):
+        divergence(hidden, student, None, labels, only)
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("chunk_tokens", [1, 5, T, 1000])
 def test_chunk_size_changes_nothing(name, chunk_tokens):
