@@ -227,25 +227,29 @@ def test_a_capture_killed_at_random_moments_ends_with_the_same_bytes(place, tmp_
     start = time.monotonic()
     capture(place, tmp_path / "straight")
     whole = time.monotonic() - start
-    moments, unfinished = random.Random(0), 0
+    moments, unfinished, killed = random.Random(0), 0, tmp_path / "killed"
     for _ in range(int(os.environ.get("LREC_KILLS", "4"))):
-        shutil.rmtree(tmp_path / "killed", ignore_errors=True) if unfinished > 3 else None
-        child = multiprocessing.get_context("fork").Process(target=capture, args=(place, tmp_path / "killed"))
+        child = multiprocessing.get_context("fork").Process(target=capture, args=(place, killed))
         child.start()
         time.sleep(moments.uniform(0, whole))
         child.kill()
         child.join()
-        if (tmp_path / "killed" / checkpoint.MANIFEST).exists():
-            try:
-                TargetCache(tmp_path / "killed")
-            except ValueError as error:
-                unfinished += "is unfinished" in str(error)
-    capture(place, tmp_path / "killed")
+        manifest = killed / checkpoint.MANIFEST
+        done = len(checkpoint.read_json(manifest)["files"]) if manifest.exists() else 0
+        unfinished += 0 < done < 8
+        if done == 8:
+            assert_same_files(tmp_path / "straight", killed)
+            shutil.rmtree(killed)
+    capture(place, killed)
+    assert_same_files(tmp_path / "straight", killed)
     assert unfinished, "no kill met the capture at work"
-    names = {path.name for path in (tmp_path / "straight").iterdir()}
-    assert names == {path.name for path in (tmp_path / "killed").iterdir()} and len(names) == 9
+
+
+def assert_same_files(expected, actual):
+    names = {path.name for path in expected.iterdir()}
+    assert names == {path.name for path in actual.iterdir()}
     for name in names:
-        assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+        assert (expected / name).read_bytes() == (actual / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("tied", [True, False])
