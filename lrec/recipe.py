@@ -5,6 +5,7 @@ A script in `recipes/` fills the dataclass and calls `run`; flags and `--config 
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from lrec import assembly, checkpoint, load, report
 from lrec.blocks import PassSettings
@@ -29,6 +30,9 @@ class Recipe:
     train_length: int = setting(256, "tokens in a training window")
     test_samples: int = setting(24, "held-out windows")
     lora_r: int = setting(16, "rank of the adapters")
+    teacher_targets: Literal["live", "hidden", "topk"] = setting(
+        "live", "the teacher in memory while training, or cached first and then away"
+    )
     prompts: str = setting("The history of|Water is|In mathematics, a", "texts to continue side by side, parted by |")
     seed: int = setting(0, "of the choice of text and of the adapters")
 
@@ -87,6 +91,7 @@ class Recipe:
                 num_samples=None,
                 max_length=self.train_length,
                 lora_r=self.lora_r,
+                teacher_targets=self.teacher_targets,
                 seed=self.seed,
             ).run(config)
 
