@@ -136,11 +136,12 @@ class Capture:
             start = time.monotonic()
             self._stored(streamed.finish(states[0])[:, : max(1, 64 // len(batch))], torch.Generator())
             head_s = (time.monotonic() - start) * batch.shape[1] / max(1, 64 // len(batch))
+        logits = " and the logits of 64 of them" if head_s else ""
         sweeps = -(-len(self.ids_nL) // self.windows_per_shard)
         blocks_s = len(streamed) * (sweeps * read_s + run_s * len(self.ids_nL) / len(batch))
         return {
             "estimated_seconds": round(blocks_s + head_s * len(self.ids_nL) / len(batch), 1),
-            "estimated_from": f"{batch.numel()} tokens through 2 of {len(streamed)} blocks, measured just now",
+            "estimated_from": f"{batch.numel()} tokens through 2 of {len(streamed)} blocks{logits}, measured just now",
         }
 
     def run(self) -> dict:

@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        print(f"lrec {verb}: does not fit on the disk: {error.strerror}", file=sys.stderr)
+        print(f"lrec {verb}: does not fit on the disk ({error.strerror}); what is there stays valid", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print(f"lrec {verb}: interrupted; run the same command again to go on", file=sys.stderr)
