@@ -140,6 +140,7 @@ def help_text(verb: str | None, values: dict) -> str:
         "explain": lambda: (report.Explain,),
     }[verb]()
     more = (
+        "\nand what a step keeps (checkpointing, offload_checkpoints, embeddings, fused_backward; see lrec/step.py)"
         "\nand every setting of trl's SFTConfig (max_steps, learning_rate, per_device_train_batch_size ...)"
         if verb == "train"
         else ""

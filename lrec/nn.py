@@ -39,7 +39,7 @@ class PackedModule(nn.Module):
     @property
     def packed(self) -> Packed:
         """The packed weight, a view of the buffers."""
-        return formats.build(self._tensors(), self.spec)
+        return formats.build(self.op_tensors(), self.spec)
 
     @property
     def weight(self) -> Tensor:
@@ -56,7 +56,8 @@ class PackedModule(nn.Module):
         shown = ", ".join(f"{k}={v}" for k, v in settings.items())
         return f"{self._shape_repr()}, {self.spec['format']}({shown})"
 
-    def _tensors(self) -> list[Tensor]:
+    def op_tensors(self) -> list[Tensor]:
+        """The packed tensors in the order in which the op lrec::matmul takes them."""
         return [self._buffers[name] for name in self.spec["tensors"]]
 
     def _apply(self, fn, recurse=True):
@@ -92,7 +93,7 @@ class PackedLinear(PackedModule, nn.Linear):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} columns, but the packed layer has {self.in_features} inputs")
         # Not `kernels.apply`: it parses the key, which torch.compile cannot trace.
-        y = torch.ops.lrec.matmul(x.reshape(-1, self.in_features), self._tensors(), self.key, False)
+        y = torch.ops.lrec.matmul(x.reshape(-1, self.in_features), self.op_tensors(), self.key, False)
         y = y.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -123,7 +124,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids of any shape to (..., H) in `dtype`. Raises IndexError for an id that is no row."""
         # An op of its own, since torch.compile cannot trace how a Packed is built.
-        rows = torch.ops.lrec.rows(input_ids.flatten(), self._tensors(), self.key).to(self.dtype)
+        rows = torch.ops.lrec.rows(input_ids.flatten(), self.op_tensors(), self.key).to(self.dtype)
         return rows.view(*input_ids.shape, self.embedding_dim)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Embedding:
@@ -158,8 +159,9 @@ class TiedLinear(PackedLinear):
         """As a `PackedLinear`, on the embedding's device."""
         return super().forward(x.to(self.qweight.device))
 
-    def _tensors(self) -> list[Tensor]:
-        return self._source[0]._tensors()
+    def op_tensors(self) -> list[Tensor]:
+        """The embedding's."""
+        return self._source[0].op_tensors()
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedModule]:

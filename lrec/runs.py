@@ -109,6 +109,9 @@ class Train(Text, Place):
     lora_init: Literal["closed_form", "zero"] = setting(
         "closed_form", "start from the factors stored with the packed model, or from zero"
     )
+    lora_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "dtype of the adapters; bfloat16 ones are updated with stochastic rounding"
+    )
     seed: int = setting(0, "of the choice and order of windows and of the adapters")
 
     def run(self, config) -> dict:
@@ -212,6 +215,9 @@ class Train(Text, Place):
                     f"use --lora_init zero, or quantize with --init_rank {self.lora_r}"
                 )
             lowrank.initialise(model, lowrank.load(factors))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, self.lora_dtype))
         return model
 
     def report(self, model, result, history: list[dict]) -> dict:

@@ -15,16 +15,20 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
+from lrec.cpu_embeddings import keep_on_cpu
 from lrec.head import Head, output_layer, verify_head
 from lrec.losses import DIVERGENCES, Objective, divergence, shift_labels
+from lrec.optimizers import OneByOne
+from lrec.step import SplitBlocks, StepConfig
 from lrec.teacher import LiveTeacher, Teacher, final_hidden
 
 
 @dataclass
-class LrecConfig(SFTConfig):
-    """How a correction is trained: trl's SFTConfig with the loss added, and defaults that suit 2-bit models.
+class LrecConfig(StepConfig):
+    """How a correction is trained: trl's SFTConfig with the loss and `lrec.step`'s settings of
+    memory added, and defaults that suit 2-bit models.
 
     `loss_type` and `label_smoothing_factor` have no meaning here. bf16 autocast is on where a GPU supports it, and off
     on CPUs. Raises ValueError for a loss that is out of range, see `lrec.losses.Objective`.
@@ -60,8 +64,6 @@ class LrecConfig(SFTConfig):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         with warnings.catch_warnings():
             # trl's own default of gradient_checkpointing goes by a name that transformers 5.23 warns about.
             warnings.filterwarnings("ignore", ".*checkpointing.*deprecated", FutureWarning)
@@ -108,11 +110,15 @@ class LrecTrainer(SFTTrainer):
                 "compute_metrics needs logits, which are never made; use lrec.evaluate on the trained model"
             )
         super().__init__(model, args, **kwargs)
+        args.check_machine(self.accelerator.device, self.accelerator.num_processes)
         self.add_callback(_FiniteGradients())
+        self.add_callback(SplitBlocks())
         # Counts target tokens over a whole optimizer step for any model, whatever its forward accepts.
         self.model_accepts_loss_kwargs = True
         self.objective = args.objective()
         self._check_trainable()
+        if args.embeddings == "cpu":
+            keep_on_cpu(self.model)
         verify_head(self.model, Head.of(self.model))
         self.teacher = LiveTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
         if self.teacher is not None:
@@ -140,6 +146,30 @@ class LrecTrainer(SFTTrainer):
                 # The count is over all processes, and DDP averages gradients over them.
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, means) if return_outputs else loss
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """The optimizer that `optim` names. It steps one parameter at a time, see `lrec.optimizers`, if gradients are
+        applied in backward or adapters are in bfloat16."""
+        optimizer = super().create_optimizer(model)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        if self.args.fused_backward or any(p.dtype == torch.bfloat16 for p in trained):
+            self.optimizer = OneByOne(optimizer)
+            if self.args.fused_backward:
+                self.optimizer.fuse()
+        return self.optimizer
+
+    def _load_from_checkpoint(self, *args, **kwargs) -> None:
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(*args, **kwargs)
+        # peft widens adapters that it loads to float32.
+        for name, parameter in self.model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As trl does; with fused_backward there is no norm of all gradients to tell."""
+        if self.args.fused_backward:
+            logs.pop("grad_norm", None)
+        super().log(logs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss alone: logits are never made."""

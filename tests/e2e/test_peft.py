@@ -122,13 +122,14 @@ def test_a_layer_is_lora_on_the_decoded_weight(packed_dir, settings, dtype):
 
 def test_a_model_is_lora_on_the_decoded_weights(packed_dir):
     found = []
-    for model in (attach(base(packed_dir)), attach(base(packed_dir).dequantize())):
+    # In float64: attention amplifies a rounding of float32 some thousand times in the gradients of q and k.
+    for model in (attach(base(packed_dir)).double(), attach(base(packed_dir).dequantize()).double()):
         found.append({"logits": logits(model)})
         (model.train()(IDS).logits * UPSTREAM).sum().backward()
         found[-1] |= {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert found[0].keys() == found[1].keys() and len(found[0]) == 1 + 2 * 14
     for name, value in found[0].items():
-        assert_close(value, found[1][name], TOLERANCE[torch.float32] * 20, name)
+        assert_close(value, found[1][name], TOLERANCE[torch.float64] * 20, name)
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 64), (1, 64), (0, 64)])

@@ -1,0 +1,113 @@
+"""What a training step keeps in memory, as settings beside trl's own.
+
+Each says what it gives up. They add up; none changes what is learned, but for the rounding of bfloat16 adapters.
+"""
+
+import json
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainerCallback
+from trl import SFTConfig
+
+from lrec import registry
+from lrec.cpu_embeddings import PLACES
+from lrec.integrations.checkpointing import PARTS, split_blocks
+
+
+@dataclass
+class StepConfig(SFTConfig):
+    """trl's SFTConfig with the settings of this file. Raises ValueError for values that exclude each other."""
+
+    checkpointing: str = field(
+        default="auto",
+        metadata={
+            "help": "What a block keeps for backward: none = all; block = its input; split = its attention's output "
+            "too, so that half of it runs again at a time, which pays with offload_checkpoints; auto = block, or none "
+            "without gradient_checkpointing.",
+            "choices": ["auto", *PARTS],
+        },
+    )
+    offload_checkpoints: bool = field(
+        default=False, metadata={"help": "Keep checkpoints in pinned CPU memory until backward; needs a GPU."}
+    )
+    embeddings: str = field(
+        default="device",
+        metadata={"help": "Where the token embeddings' table lies: device, or cpu.", "choices": list(PLACES)},
+    )
+    fused_backward: bool = field(
+        default=False,
+        metadata={"help": "Apply and free each gradient as backward makes it; not with clipping or accumulation."},
+    )
+
+    def __post_init__(self):
+        self._settle_checkpointing()
+        self._check_choices()
+        super().__post_init__()
+
+    def check_machine(self, device: torch.device, num_processes: int) -> None:
+        """Raises ValueError for settings that this device or number of processes cannot serve."""
+        optim, on_cpu = self.optim.value, device.type == "cpu"
+        rules = {
+            "offload_checkpoints moves checkpoints from a GPU to CPU memory, but this is a CPU: leave it out": (
+                self.offload_checkpoints and on_cpu
+            ),
+            f"optim={optim} moves its state between a GPU and CPU memory, but this is a CPU: use adamw_8bit": (
+                "paged" in optim and on_cpu
+            ),
+            "fused_backward applies gradients before processes can average them: train in one process": (
+                self.fused_backward and num_processes > 1
+            ),
+        }
+        wrong = [rule for rule, broken in rules.items() if broken]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
+    def _settle_checkpointing(self) -> None:
+        if self.checkpointing != "auto":
+            self.gradient_checkpointing = self.activation_checkpointing = self.checkpointing != "none"
+        if self.gradient_checkpointing:
+            given = self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs or {}
+            kwargs = {"use_reentrant": False} | (json.loads(given) if isinstance(given, str) else given)
+            kwargs |= {"offload": True} if self.offload_checkpoints else {}
+            self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs = kwargs
+
+    def _check_choices(self) -> None:
+        choices = {"checkpointing": ("auto", *PARTS), "embeddings": PLACES}
+        unknown = [
+            registry.nearest(getattr(self, name), allowed, f"value of {name}")
+            for name, allowed in choices.items()
+            if getattr(self, name) not in allowed
+        ]
+        checkpoints, fused = bool(self.gradient_checkpointing), self.fused_backward
+        reentrant = checkpoints and self.gradient_checkpointing_kwargs["use_reentrant"]
+        rules = {
+            "offload_checkpoints needs checkpoints: set checkpointing to block or split": (
+                self.offload_checkpoints and not checkpoints
+            ),
+            "activation_offloading without checkpoints would move the packed weights too: set checkpointing to block": (
+                self.activation_offloading and not checkpoints
+            ),
+            "checkpointing=split and fused_backward need use_reentrant=False in gradient_checkpointing_kwargs": (
+                reentrant and (fused or self.checkpointing == "split")
+            ),
+            "fused_backward never holds all gradients, so they cannot be clipped: set max_grad_norm to 0": (
+                fused and self.max_grad_norm
+            ),
+            "fused_backward applies each gradient at once: set gradient_accumulation_steps to 1, and a larger "
+            "per_device_train_batch_size": fused and self.gradient_accumulation_steps != 1,
+            "fused_backward cannot scale the loss of fp16: use bf16": fused and self.fp16,
+        }
+        wrong = unknown + [rule for rule, broken in rules.items() if broken]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
+
+class SplitBlocks(TrainerCallback):
+    """Splits the blocks of a model when training begins, if its settings say so."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """See `TrainerCallback`."""
+        # transformers has just set its checkpoint function, which the parts of a block then use.
+        if args.checkpointing == "split":
+            split_blocks(model)
