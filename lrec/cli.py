@@ -54,7 +54,7 @@ def cache(values: dict) -> dict:
 
 def train(values: dict) -> dict:
     """`lrec train`."""
-    from lrec.runs import Train
+    from lrec.correction import Train
     from lrec.trainer import LrecConfig
 
     run, config = options.fill(values, Train, LrecConfig)
@@ -119,7 +119,7 @@ def help_text(verb: str | None, values: dict) -> str:
     if verb is None:
         verbs = "\n".join(f"  {name:<10} {what}" for name, what in VERBS.items())
         return HELP.format(verbs=verbs)
-    from lrec import compare, report, restore, runs
+    from lrec import compare, correction, report, restore, runs
     from lrec.blocks import PassSettings
     from lrec.capture import CaptureSettings
 
@@ -131,7 +131,7 @@ def help_text(verb: str | None, values: dict) -> str:
             restore.Preprocess,
         ),
         "cache": lambda: (runs.Cache, CaptureSettings),
-        "train": lambda: (runs.Train,),
+        "train": lambda: (correction.Train,),
         "compare": lambda: (compare.Compare,),
         "evaluate": lambda: (runs.Evaluate,),
         "export": lambda: (runs.Export,),

@@ -9,9 +9,10 @@ from typing import Literal
 
 from lrec import assembly, checkpoint, load, report
 from lrec.blocks import PassSettings
+from lrec.correction import Train
 from lrec.options import setting
 from lrec.quantizers import Quantizer
-from lrec.runs import Export, Quantize, Text, Train, total_bytes
+from lrec.runs import Export, Quantize, Text, total_bytes
 
 STAGES = ("full precision", "quantized", "corrected")
 

@@ -16,9 +16,10 @@ from typing import Literal
 
 from lrec import assembly, checkpoint, text
 from lrec.blocks import PassSettings
+from lrec.correction import Train
 from lrec.options import setting
 from lrec.quantizers import Quantizer
-from lrec.runs import Export, Quantize, Train
+from lrec.runs import Export, Quantize
 
 STATE = "lrec_preprocess.json"
 # The last file that transformers writes of a checkpoint: one without it is not whole.

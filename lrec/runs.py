@@ -1,22 +1,17 @@
 """The runs lrec makes, one dataclass each: its fields are the flags of a verb, `run()` does the work and returns what
 to report. The command line and the recipes fill them."""
 
-import shutil
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from lrec import assembly, checkpoint, export, load, machine, text
+from lrec import checkpoint, export, load, machine, text
 from lrec.blocks import Calibration, Pass, PassSettings
-from lrec.cache import TargetCache
 from lrec.capture import Capture, CaptureSettings
 from lrec.options import setting
 from lrec.quantizers import Quantizer
 from lrec.stream import StreamedModel
-from lrec.teacher import CachedTeacher, LiveTeacher, check_tokenizers, open_cache
-
-WORKING_CACHE = "teacher_cache"  # in the adapter's directory while it is trained
+from lrec.teacher import check_tokenizers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,154 +87,6 @@ class Cache(Text, Place):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Text, Place):
-    """`lrec train`: a LoRA that corrects the quantization error, trained by KL to the teacher."""
-
-    model: str = field(metadata={"help": "packed model"})
-    output_dir: str = field(metadata={"help": "new directory for the adapter"})
-    teacher: str | None = setting(None, "the full-precision model it was made from")
-    teacher_cache: str | None = setting(None, "what `lrec cache` made of that model and these windows, in its place")
-    teacher_targets: Literal["live", "hidden", "topk"] = setting(
-        "live", "without a cache: the teacher in memory, or first cached in output_dir and then away"
-    )
-    lora_r: int = setting(16, "rank of the adapters")
-    lora_alpha: int | None = setting(None, "LoRA alpha; the update is scaled by alpha / r (none: alpha = r)")
-    lora_dropout: float = setting(0.0, "dropout before the adapters")
-    lora_target_modules: str = setting("all-linear", "all-linear, or comma-separated names")
-    lora_init: Literal["closed_form", "zero"] = setting(
-        "closed_form", "start from the factors stored with the packed model, or from zero"
-    )
-    lora_dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "dtype of the adapters; bfloat16 ones are updated with stochastic rounding"
-    )
-    seed: int = setting(0, "of the choice and order of windows and of the adapters")
-
-    def run(self, config) -> dict:
-        """Trains under `config`, a LrecConfig; the report. Raises ValueError if the parts do not fit together."""
-        from datasets import Dataset
-
-        from lrec.trainer import LrecTrainer
-
-        found = {path.name for path in Path(self.output_dir).glob("*")} - {WORKING_CACHE}
-        if found and not config.resume_from_checkpoint:
-            raise ValueError(
-                f"{self.output_dir} is not empty; choose another output_dir, remove it (nothing was changed), "
-                "or go on from its last checkpoint with --resume_from_checkpoint true"
-            )
-        tokenizer = load.tokenizer(self.model)
-        if self.teacher:
-            check_tokenizers(load.tokenizer(self.teacher), tokenizer)
-        ids = self.windows(tokenizer, config)
-        cache = self.cached(tokenizer, ids)
-        base = load.model(self.model, None, self.device, self.dtype)
-        if cache is None:
-            teacher = LiveTeacher(load.model(self.teacher, None, self.device, self.dtype))
-        else:
-            teacher = CachedTeacher(cache, base)
-        model = self.adapted(base, config.gradient_checkpointing)
-        trainer = LrecTrainer(
-            model=model,
-            args=config,
-            teacher=teacher,
-            processing_class=tokenizer,
-            train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
-        )
-        result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-        trainer.save_model(self.output_dir)
-        history = [
-            {k: row[k] for k in ("step", "loss", "kl", "ce", "hidden", "learning_rate") if k in row}
-            for row in trainer.state.log_history
-            if "loss" in row
-        ]
-        report = self.report(model, result, history)
-        if trainer.is_world_process_zero():
-            halve(Path(self.output_dir) / "adapter_model.safetensors")
-            checkpoint.write_json(Path(self.output_dir) / checkpoint.ADAPTER_STAMP, report)
-            shutil.rmtree(Path(self.output_dir) / WORKING_CACHE, ignore_errors=True)
-        return report
-
-    def windows(self, tokenizer, config):
-        """The training windows; where they must be cached first, no more of them than the steps will see."""
-        ids = self.input_ids(tokenizer, self.seed)
-        seen = config.max_steps * config.train_batch_size * config.gradient_accumulation_steps * config.world_size
-        if self.teacher_cache or self.teacher_targets == "live" or self.num_samples or not 0 < seen < len(ids):
-            return ids
-        return replace(self, num_samples=seen).input_ids(tokenizer, self.seed)
-
-    def cached(self, tokenizer, ids) -> TargetCache | None:
-        """The teacher's cache, made now if `teacher_targets` says so; None if the teacher is to be in memory.
-
-        Raises ValueError if there is neither a teacher nor a cache, or if the cache is another teacher's.
-        """
-        from accelerate import PartialState
-
-        if not self.teacher and not self.teacher_cache:
-            raise ValueError("missing --teacher, the full-precision model, or --teacher_cache, what it said")
-        if self.teacher_cache:
-            config = checkpoint.read_json(text.model_path(self.model) / "config.json").get("quantization_config", {})
-            made_of = config.get("meta", {}).get("base_sha256")
-            if self.teacher:
-                made_of = checkpoint.fingerprint(text.model_path(self.teacher))
-            return open_cache(self.teacher_cache, tokenizer, made_of)
-        if self.teacher_targets == "live":
-            return None
-        place = Path(self.output_dir) / WORKING_CACHE
-        with PartialState().main_process_first():
-            settings = CaptureSettings(what=self.teacher_targets)
-            Capture.of(self.teacher, ids, place, settings, self.device, self.dtype).run()
-        return TargetCache(place)
-
-    def adapted(self, base, gradient_checkpointing: bool):
-        """The base under new trainable adapters, started as `lora_init` says."""
-        import torch
-        from peft import LoraConfig, get_peft_model
-
-        from lrec import lowrank, prepare_model_for_training
-
-        targets = self.lora_target_modules
-        peft_config = LoraConfig(
-            r=self.lora_r,
-            lora_alpha=self.lora_r if self.lora_alpha is None else self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=targets if targets == "all-linear" else targets.split(","),
-            task_type="CAUSAL_LM",
-        )
-        torch.manual_seed(self.seed)
-        base = prepare_model_for_training(base, use_gradient_checkpointing=gradient_checkpointing)
-        model = get_peft_model(base, peft_config)
-        if self.lora_init == "closed_form":
-            factors = text.model_path(self.model) / assembly.LOWRANK
-            if not factors.exists():
-                raise ValueError(
-                    f"{self.model} holds no {assembly.LOWRANK} to start from; "
-                    f"use --lora_init zero, or quantize with --init_rank {self.lora_r}"
-                )
-            lowrank.initialise(model, lowrank.load(factors))
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(getattr(torch, self.lora_dtype))
-        return model
-
-    def report(self, model, result, history: list[dict]) -> dict:
-        """What the adapter was made for and how: its stamp."""
-        import torch
-
-        return {
-            "base_model": self.model,
-            "teacher": self.teacher or self.teacher_cache,
-            "packed_sha256": load.packed_sha256(model.get_base_model()),
-            "lora_r": self.lora_r,
-            "lora_init": self.lora_init,
-            "dataset": self.dataset,
-            "num_steps": result.global_step,
-            "loss": result.training_loss,
-            "seconds": round(result.metrics["train_runtime"], 2),
-            "torch": torch.__version__,
-            "history": history,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
 class Evaluate(Text, Place):
     """`lrec evaluate`: perplexity, KL to the teacher, top-1 agreement, and size."""
 
@@ -286,15 +133,6 @@ class Export:
         return export.export(
             self.format, text.model_path(self.model), self.adapter and Path(self.adapter), Path(self.output_dir)
         )
-
-
-def halve(path: Path) -> None:
-    """Rewrites an adapter's file in bfloat16; peft trains adapters in float32, but what they correct is coarser."""
-    import torch
-
-    with checkpoint.open_tensors(path) as file:
-        tensors = {key: file.get_tensor(key).to(torch.bfloat16) for key in file.keys()}  # noqa: SIM118
-    checkpoint.write_tensors(path, tensors)
 
 
 def total_bytes(model: str, adapter: str | None) -> int:

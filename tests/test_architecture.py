@@ -18,7 +18,7 @@ FLOORS = [
     "integrations",
     "stream load assembly allocation sweep blockwise meter forward step",
     "blocks capture trainer evaluate export report bench",
-    "runs",
+    "runs correction",
     "recipe compare restore",
     "cli",
     "__main__",

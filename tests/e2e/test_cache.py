@@ -14,7 +14,7 @@ import pytest
 import torch
 from checks import assert_close, tiny_model
 
-from lrec import checkpoint, load, runs
+from lrec import checkpoint, correction, load, runs
 from lrec.cache import TargetCache
 from lrec.capture import Capture, CaptureSettings
 from lrec.cli import main
@@ -113,7 +113,7 @@ def test_training_from_a_hidden_cache_is_training_with_the_live_teacher(place, c
     assert ((cached - live).abs() <= 1e-3 * live).all(), (cached / live - 1).abs().max()
     made = train(place, "C", capsys, "--teacher", "M", "--teacher_targets", "hidden")
     assert torch.equal(made, cached)
-    assert not (place / "C" / runs.WORKING_CACHE).exists()
+    assert not (place / "C" / correction.WORKING_CACHE).exists()
     topk = train(place, "D", capsys, "--teacher_cache", "topk")
     assert (topk < live).all(), "a lower bound"
 
@@ -124,8 +124,8 @@ def test_only_windows_that_the_steps_see_are_cached(place):
     config = LrecConfig(str(place / "x"), max_steps=3, per_device_train_batch_size=2, use_cpu=True)
     made = {"model": "", "output_dir": "", "dataset": str(place / "text.txt"), "max_length": 32, "num_samples": None}
     tokenizer = load.tokenizer(str(place / "M"))
-    assert len(runs.Train(**made, teacher_targets="hidden").windows(tokenizer, config)) == 6
-    assert len(runs.Train(**made).windows(tokenizer, config)) > 100
+    assert len(correction.Train(**made, teacher_targets="hidden").windows(tokenizer, config)) == 6
+    assert len(correction.Train(**made).windows(tokenizer, config)) > 100
 
 
 def test_the_students_head_serves_if_it_is_the_teachers(place):
