@@ -19,6 +19,7 @@ VERBS = {
     "evaluate": "perplexity, KL to the teacher and top-1 agreement on held-out text",
     "export": "write what others can load: a peft adapter, a dense merged model",
     "inspect": "what a packed model holds: bits, bytes, layers",
+    "estimate": "memory of quantizing, caching and training, before any is spent; which cards fit",
     "bench": "bench kernels, step, loss, cache: speed here beside peers, measured in the same run",
     "explain": "which kernel serves each layer here, and why faster ones stand aside",
 }
@@ -94,6 +95,8 @@ def bench(values: dict) -> dict:
     what = str(values.pop("what", "nothing"))
     if what not in benches():
         raise ValueError(registry.nearest(what, benches(), "bench"))
+    if what == "step" and "shape" in values:
+        what = "step --shape"
     return options.fill(values, benches()[what])[0].run()
 
 
@@ -102,9 +105,17 @@ def benches() -> dict[str, type]:
     from lrec.bench.cache import CacheBench
     from lrec.bench.kernels import Kernels
     from lrec.bench.loss import Loss
+    from lrec.bench.shape import ShapeStep
     from lrec.bench.step import Step
 
-    return {"kernels": Kernels, "step": Step, "loss": Loss, "cache": CacheBench}
+    return {"kernels": Kernels, "step": Step, "step --shape": ShapeStep, "loss": Loss, "cache": CacheBench}
+
+
+def estimate(values: dict) -> dict:
+    """`lrec estimate`."""
+    from lrec.estimate import Estimate
+
+    return options.fill(values, Estimate)[0].run()
 
 
 def explain(values: dict) -> dict:
@@ -119,7 +130,7 @@ def help_text(verb: str | None, values: dict) -> str:
     if verb is None:
         verbs = "\n".join(f"  {name:<10} {what}" for name, what in VERBS.items())
         return HELP.format(verbs=verbs)
-    from lrec import compare, correction, report, restore, runs
+    from lrec import compare, correction, estimate, report, restore, runs
     from lrec.blocks import PassSettings
     from lrec.capture import CaptureSettings
 
@@ -135,6 +146,7 @@ def help_text(verb: str | None, values: dict) -> str:
         "compare": lambda: (compare.Compare,),
         "evaluate": lambda: (runs.Evaluate,),
         "export": lambda: (runs.Export,),
+        "estimate": lambda: (estimate.Estimate,),
         "bench": lambda: tuple(benches().values()),
         "inspect": lambda: (report.Inspect,),
         "explain": lambda: (report.Explain,),

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lrec import assembly, checkpoint, load, text
+from lrec import assembly, checkpoint, load, memory, offload, stream, text
 from lrec.cache import TargetCache
 from lrec.capture import Capture, CaptureSettings
+from lrec.meter import Meter
 from lrec.options import setting
 from lrec.runs import Place, Text
 from lrec.teacher import CachedTeacher, LiveTeacher, check_tokenizers, open_cache
@@ -37,6 +38,8 @@ class Train(Text, Place):
         "float32", "dtype of the adapters; bfloat16 ones are updated with stochastic rounding"
     )
     seed: int = setting(0, "of the choice and order of windows and of the adapters")
+    stream_weights: bool = setting(False, "packed weights stay on disk and visit the device one block at a time")
+    lean_malloc: bool = setting(False, "on a CPU, hand freed tensors back at once: a fraction of the memory, more time")
 
     def run(self, config) -> dict:
         """Trains under `config`, a LrecConfig; the report. Raises ValueError if the parts do not fit together."""
@@ -55,7 +58,10 @@ class Train(Text, Place):
             check_tokenizers(load.tokenizer(self.teacher), tokenizer)
         ids = self.windows(tokenizer, config)
         cache = self.cached(tokenizer, ids)
-        base = load.model(self.model, None, self.device, self.dtype)
+        if self.lean_malloc:
+            stream.lean_malloc()
+        meter = Meter(load.device_of(self.device))
+        base = self.base(config)
         if cache is None:
             teacher = LiveTeacher(load.model(self.teacher, None, self.device, self.dtype))
         else:
@@ -75,7 +81,7 @@ class Train(Text, Place):
             for row in trainer.state.log_history
             if "loss" in row
         ]
-        report = self.report(model, result, history)
+        report = self.report(model, result, history) | memory.told(self, model, teacher, config, meter)
         if trainer.is_world_process_zero():
             halve(Path(self.output_dir) / "adapter_model.safetensors")
             checkpoint.write_json(Path(self.output_dir) / checkpoint.ADAPTER_STAMP, report)
@@ -113,6 +119,16 @@ class Train(Text, Place):
             Capture.of(self.teacher, ids, place, settings, self.device, self.dtype).run()
         return TargetCache(place)
 
+    def base(self, config):
+        """The packed model; with `stream_weights` its packed weights stay in their files."""
+        if not self.stream_weights:
+            return load.model(self.model, None, self.device, self.dtype)
+        return offload.load_for_training(self.model, self.device, self.dtype, config.gradient_checkpointing)
+
+    def targets(self) -> str | list[str]:
+        """The modules that get adapters, as peft takes them."""
+        return "all-linear" if self.lora_target_modules == "all-linear" else self.lora_target_modules.split(",")
+
     def adapted(self, base, gradient_checkpointing: bool):
         """The base under new trainable adapters, started as `lora_init` says."""
         import torch
@@ -120,12 +136,11 @@ class Train(Text, Place):
 
         from lrec import lowrank, prepare_model_for_training
 
-        targets = self.lora_target_modules
         peft_config = LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_r if self.lora_alpha is None else self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=targets if targets == "all-linear" else targets.split(","),
+            target_modules=self.targets(),
             task_type="CAUSAL_LM",
         )
         torch.manual_seed(self.seed)

@@ -1,21 +1,21 @@
 """How much memory a run really took: resident bytes of the process on a CPU, the allocator's counters on a GPU."""
 
 import gc
-import re
 from pathlib import Path
 
 import torch
 
+from lrec import machine
 from lrec.stream import trim
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CLEAR = Path("/proc/self/clear_refs")
 
 
 class Meter:
     """Peak memory from the making of this object on, above what was in use then (interpreter, libraries, data).
 
-    On a CPU that is the resident set (Linux only; None elsewhere), with freed memory handed back first; on a GPU what
-    torch allocated and reserved, without the context, which `device_total` has.
+    On a CPU that is the resident set, with freed memory handed back first (elsewhere than on Linux: above the peak so
+    far); on a GPU what torch allocated, without the context, which is in `device_total_bytes`.
     """
 
     def __init__(self, device: torch.device):
@@ -27,16 +27,13 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(device)
             self.start = 0
         else:
-            self.start = resident("VmRSS")
             if CLEAR.exists():
-                CLEAR.write_text("5")  # resets VmHWM, see proc(5)
+                CLEAR.write_text("5")  # brings the peak so far down to what is in use now, see proc(5)
+            self.start = machine.peak_bytes(device)
 
-    def peak(self) -> int | None:
+    def peak(self) -> int:
         """Peak bytes since the start."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        now = resident("VmHWM")
-        return None if now is None else now - self.start
+        return machine.peak_bytes(self.device) - self.start
 
     def report(self) -> dict:
         """The peak and, on a GPU, what the allocator reserved for it and what all processes use of the device."""
@@ -45,9 +42,3 @@ class Meter:
             free, total = torch.cuda.mem_get_info(self.device)
             found |= {"reserved_bytes": torch.cuda.max_memory_reserved(self.device), "device_total_bytes": total - free}
         return found
-
-
-def resident(name: str) -> int | None:
-    """Bytes of a line of /proc/self/status: VmRSS is in use now, VmHWM was at the most. None where there is none."""
-    found = re.search(rf"^{name}:\s+(\d+) kB", STATUS.read_text(), re.M) if STATUS.exists() else None
-    return int(found[1]) * 1024 if found else None

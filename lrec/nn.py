@@ -6,6 +6,8 @@ moves adapters to that buffer's device), so they are saved, loaded and moved lik
 given gradients.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,8 @@ def _(index: Tensor, tensors: list[Tensor], spec: str) -> Tensor:
 
 class PackedModule(nn.Module):
     """What the layers below share: `packed` is the weight, `spec` its description, `dtype` that of decoded weights."""
+
+    visit: Callable[[], None] | None = None  # brings the packed tensors in before they are used, see lrec.offload
 
     def _hold(self, packed: Packed, dtype: torch.dtype) -> None:
         """Takes over the tensors of `packed` without copying, in the place of the parameter `weight`."""
@@ -58,6 +62,8 @@ class PackedModule(nn.Module):
 
     def op_tensors(self) -> list[Tensor]:
         """The packed tensors in the order in which the op lrec::matmul takes them."""
+        if self.visit is not None:
+            self.visit()
         return [self._buffers[name] for name in self.spec["tensors"]]
 
     def _apply(self, fn, recurse=True):

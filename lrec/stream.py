@@ -22,6 +22,9 @@ from lrec import anatomy, checkpoint
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
+MMAP_BYTES = 2**16  # tensors as large as this are given back when freed, after `lean_malloc`
+_mmap_bytes = 2**20  # the same without it
+
 
 @dataclass(frozen=True)
 class BlockCall:
@@ -149,6 +152,7 @@ class StreamedModel:
             )
         quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=True)
         quantizer.preprocess_model(self.model, dtype=self.dtype)
+        self.model.hf_quantizer = quantizer  # as from_pretrained leaves it: trainers ask
 
     def _keys_by_part(self, files: list[Path]) -> dict[int | None, list[tuple[str, str, Path]]]:
         """(model name, checkpoint key, file) of every tensor, by block index, None for all that is in no block."""
@@ -242,8 +246,19 @@ def trim() -> None:
     """Hands freed memory back to the system where the C library can, now and from now on as soon as a tensor of 1 MB
     or more is freed (glibc otherwise keeps ever larger ones, up to 32 MB, and its heap full of holes)."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+        libc.mallopt(M_MMAP_THRESHOLD, _mmap_bytes)
         libc.malloc_trim(0)
+
+
+def lean_malloc() -> None:
+    """From now on every tensor of 64 KB or more is handed back to the system when it is freed, where the C library can.
+
+    glibc's heap cannot reuse most of what aligned tensors leave behind: a step on SmolLM2 with 1024 tokens holds 1.6 GB
+    in it, and 0.36 GB so. The price is fresh pages: a half more time for a model that small, none to speak of at 7B.
+    """
+    global _mmap_bytes
+    _mmap_bytes = MMAP_BYTES
+    trim()
 
 
 class Reached(BaseException):

@@ -163,6 +163,8 @@ class LrecHfQuantizer(HfQuantizer):
         Raises ValueError while adapters are attached by peft, under whose names nothing could be loaded.
         """
         layers = packed_modules(model)
+        if any(layer.visit is not None for layer in layers.values()):
+            raise ValueError("this model's packed weights are streamed from files, which hold them already; copy those")
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
         if any(name.endswith(".base_layer") for name in layers):

@@ -238,6 +238,20 @@ def test_an_adapter_of_another_base_is_refused(place, capsys, tmp_path):
     assert capsys.readouterr().err.count("was made for a base with packed weights") == 2
 
 
+def test_streamed_weights_train_the_same_adapter_and_memory_is_told(place, capsys, tmp_path):
+    words = ["--model", "Q", "--teacher", "M", "--max_steps", "3", "--lora_r", "4", "--max_length", "32"]
+    words += ["--gradient_checkpointing", "true"]
+    for name, more in (("plain", []), ("streamed", ["--stream_weights"])):
+        told = report(place, capsys, "train", *words, *more, "--output_dir", str(tmp_path / name))
+        assert told["predicted_peak_bytes"] == sum(row["bytes"] for row in told["parts"])
+        assert told["measured_peak_bytes"] > 0
+    plain, streamed = (tmp_path / name / "adapter_model.safetensors" for name in ("plain", "streamed"))
+    assert plain.read_bytes() == streamed.read_bytes()
+    words[words.index("true")] = "false"
+    assert run(place, "train", *words, "--stream_weights", "--output_dir", str(tmp_path / "x")) == 2
+    assert "needs --gradient_checkpointing true" in capsys.readouterr().err
+
+
 def test_help_lists_verbs_and_settings(capsys):
     assert main([]) == 0
     assert "quantize" in capsys.readouterr().out
