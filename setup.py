@@ -18,7 +18,7 @@ FOLDER = Path("lrec/kernels/native")
 LIBRARY = "liblrec_native.so"
 LOG = "build.log"
 # No -march=native: a wheel may run elsewhere. The sources choose AVX2 and wider at run time, function by function.
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp"]
+FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-fopenmp"]
 
 
 class BuildNative(build_ext):

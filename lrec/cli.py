@@ -20,7 +20,7 @@ VERBS = {
     "export": "write what others can load: a peft adapter, a dense merged model",
     "inspect": "what a packed model holds: bits, bytes, layers",
     "estimate": "memory of quantizing, caching and training, before any is spent; which cards fit",
-    "bench": "bench kernels, step, loss, cache: speed here beside peers, measured in the same run",
+    "bench": "bench kernels, step, generate, loss, cache: speed here beside peers, measured in the same run",
     "explain": "which kernel serves each layer here, and why faster ones stand aside",
 }
 
@@ -103,12 +103,20 @@ def bench(values: dict) -> dict:
 def benches() -> dict[str, type]:
     """What `lrec bench` can measure."""
     from lrec.bench.cache import CacheBench
+    from lrec.bench.generate import Generate
     from lrec.bench.kernels import Kernels
     from lrec.bench.loss import Loss
     from lrec.bench.shape import ShapeStep
     from lrec.bench.step import Step
 
-    return {"kernels": Kernels, "step": Step, "step --shape": ShapeStep, "loss": Loss, "cache": CacheBench}
+    return {
+        "kernels": Kernels,
+        "step": Step,
+        "step --shape": ShapeStep,
+        "generate": Generate,
+        "loss": Loss,
+        "cache": CacheBench,
+    }
 
 
 def estimate(values: dict) -> dict:

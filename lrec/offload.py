@@ -52,10 +52,10 @@ class Offload:
             self.release(self.current)
         tensors = self._take(index)
         for name, layer in self.layers[index].items():
-            for field, tensor in tensors[name].items():
-                if self.side is not None:
+            if self.side is not None:
+                for tensor in tensors[name].values():
                     tensor.record_stream(torch.cuda.current_stream(self.device))
-                layer._buffers[field] = tensor
+            layer.hold(tensors[name])
         previous, self.current = self.current, index
         if previous is not None and abs(index - previous) == 1:
             self.backwards = index < previous
@@ -68,8 +68,8 @@ class Offload:
     def release(self, index: int) -> None:
         """Lets go of a block's tensors; empty ones on the same device stand in their place."""
         for layer in self.layers[index].values():
-            for field, (dtype, _) in layer.spec["tensors"].items():
-                layer._buffers[field] = torch.empty(0, dtype=getattr(torch, dtype), device=self.device)
+            kinds = layer.spec["tensors"].items()
+            layer.hold({f: torch.empty(0, dtype=getattr(torch, dtype), device=self.device) for f, (dtype, _) in kinds})
 
     def fetch(self, index: int) -> Tensors:
         """A block's packed tensors, read from their files to the device."""

@@ -49,11 +49,13 @@ class Explain:
     model: str = field(metadata={"help": "packed model"})
     device: str = setting("auto", "device to explain for")
     dtype: str = setting("auto", "dtype of the activations")
+    activation_bits: int | None = setting(None, "8: activations are rounded, as by LREC_ACTIVATION_BITS=8")
 
     def run(self) -> dict:
         """A row per kind of layer, number of rows and direction."""
         from lrec import load
 
+        kernels.round_activations(self.activation_bits)
         device = load.device_of(self.device)
         dtype = load.dtype_of(self.dtype, device)
         rows = []

@@ -95,11 +95,13 @@ class Evaluate(Text, Place):
     teacher: str | None = setting(None, "full-precision model to compare with")
     num_samples: int | None = setting(24, "evaluation windows, spaced evenly over the text")
     batch_size: int = setting(4, "windows in a forward pass")
+    activation_bits: int | None = setting(None, "8: activations are rounded, as by LREC_ACTIVATION_BITS=8")
 
     def run(self) -> dict:
         """The measured quality and size."""
-        from lrec import evaluate
+        from lrec import evaluate, kernels
 
+        kernels.round_activations(self.activation_bits)
         tokenizer = load.tokenizer(self.model)
         if self.teacher:
             check_tokenizers(load.tokenizer(self.teacher), tokenizer)

@@ -5,33 +5,42 @@ weights come from memory as they do when a model decodes. Times are medians: of 
 thread's CPU time, which others on the machine disturb less. `OMP_NUM_THREADS=1` asks for one.
 """
 
+import json
 import os
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lrec import formats, kernels, registry
-from lrec.formats.uniform import Uniform, groups
-from lrec.kernels import Call
+from lrec import kernels, registry
+from lrec.bench.samples import SAMPLES, sample
+from lrec.formats import Packed
+from lrec.kernels import Call, native
 from lrec.options import setting
 
 SHAPES = ((4096, 4096), (11008, 4096), (576, 1536))
 ROWS = (1, 4, 16, 256, 1024)
+BACKWARD_ROWS = (256, 1024)
+MANY_ROWS = 256
+MANY_ROWS_REPEATS = 3
 CACHE_BYTES = 2**27
 MAX_COPIES = 32
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to multiply (T, K) by a weight: copy i of it, the bytes a copy stores, the dtype of x."""
+    """A way to multiply (T, K) by a weight's transpose, or with a true third argument (T, N) by the weight.
+
+    The second argument says by which copy of the weight; None comes back where the contender does not serve.
+    """
 
     name: str
-    multiply: Callable[[Tensor, int], Tensor]
+    multiply: Callable[[Tensor, int, bool], Tensor | None]
     nbytes: int
     dtype: torch.dtype = torch.float32
 
@@ -42,25 +51,34 @@ class Kernels:
 
     device: str = setting("cpu", "where to measure: cpu")
     group_size: int = setting(64, "columns that share a scale")
-    repeats: int = setting(9, "calls of each contender per row; medians are reported")
+    formats: str = setting("all", f"all, or some of these, comma-separated: {', '.join(SAMPLES)}")
+    repeats: int = setting(9, f"calls of each contender per row, {MANY_ROWS_REPEATS} from {MANY_ROWS} rows on; medians")
     quick: bool = setting(False, "only 4096 x 4096 with 1 and 256 rows of x, three calls each")
+    output: str | None = setting(None, "JSON file to write the report to")
 
     def run(self) -> dict:
-        """The machine, and a row per shape, number of rows of x and contender.
+        """The machine, and a row per shape, number of rows of x, direction and contender.
 
-        Raises ValueError for a device that is not the CPU.
+        Raises ValueError for a device that is not the CPU and for a format that is not offered.
         """
         if self.device != "cpu":
             raise ValueError(f"--device {self.device} is not offered; allowed: cpu; leave --device out")
-        shapes, counts, repeats = (SHAPES[:1], (1, 256), 3) if self.quick else (SHAPES, ROWS, self.repeats)
+        names = list(SAMPLES) if self.formats == "all" else self.formats.split(",")
+        for name in names:
+            if name not in SAMPLES:
+                raise ValueError(registry.nearest(name, SAMPLES, "sample of --formats"))
+        shapes, counts = (SHAPES[:1], (1, 256)) if self.quick else (SHAPES, ROWS)
         clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
         rows, absent = [], None
-        for N, K in shapes:
-            contenders, absent = self.contenders(N, K)
+        for shape in shapes:
+            contenders, absent = self.contenders(names, shape)
             for T in counts:
-                rows += measure(contenders, (N, K), T, repeats, clock)
-        return {
+                repeats = MANY_ROWS_REPEATS if self.quick or T >= MANY_ROWS else self.repeats
+                for transpose in (False, True) if T in BACKWARD_ROWS else (False,):
+                    rows += measure(contenders, shape, (T, transpose), repeats, clock)
+        report = {
             "threads": torch.get_num_threads(),
+            "instructions": instructions(),
             "clock": clock.__name__,
             "torch": torch.__version__,
             "load_average": os.getloadavg()[0],
@@ -68,23 +86,39 @@ class Kernels:
             **({"bitsandbytes": absent} if absent else {}),
             "rows": rows,
         }
+        if self.output:
+            Path(self.output).write_text(json.dumps(report, indent=1))
+        return report
 
-    def contenders(self, N: int, K: int) -> tuple[list[Contender], str | None]:
+    def contenders(self, names: list[str], shape: tuple[int, int]) -> tuple[list[Contender], str | None]:
         """All that can run here for one shape, torch fp32 first; and why bitsandbytes is absent, if it is."""
-        nf4, absent = bitsandbytes_nf4(N, K)
-        packed = [uniform(N, K, bits, self.group_size, name) for bits in (2, 3, 4) for name in serving(bits)]
-        return [dense(N, K, torch.float32), dense(N, K, torch.bfloat16), *([nf4] if nf4 else []), *packed], absent
+        nf4, absent = bitsandbytes_nf4(*shape)
+        ours = []
+        for name in names:
+            packed = sample(name, shape, self.group_size)
+            ours += [ours_by(kernel, name, packed) for kernel in serving(packed)]
+        return [dense(*shape, torch.float32), dense(*shape, torch.bfloat16), *([nf4] if nf4 else []), *ours], absent
 
 
-def measure(contenders: list[Contender], shape: tuple[int, int], T: int, repeats: int, clock: Callable) -> list[dict]:
-    """A row per contender that takes T rows of x: median milliseconds, weights and bytes per second, ratios."""
-    N, K = shape
+def instructions() -> str:
+    """What the native kernels run on here: avx512, avx2, portable, or why there are none."""
+    return native.missing() or native.cpu_path()
+
+
+def measure(
+    contenders: list[Contender], shape: tuple[int, int], what: tuple[int, bool], repeats: int, clock: Callable
+) -> list[dict]:
+    """A row per contender that serves: median milliseconds, weights and bytes per second, ratios.
+
+    `what` is the number of rows of x, and whether x is multiplied by W as for a gradient.
+    """
+    (N, K), (T, transpose) = shape, what
     times = {c.name: [] for c in contenders}
-    x = {dtype: torch.randn(T, K).to(dtype) for dtype in {c.dtype for c in contenders}}
+    x = {dtype: torch.randn(T, N if transpose else K).to(dtype) for dtype in {c.dtype for c in contenders}}
     for i in range(repeats + 1):  # the first call warms up and is not counted
         for c in contenders:
             start = clock()
-            if c.multiply(x[c.dtype], i) is not None:
+            if c.multiply(x[c.dtype], i, transpose) is not None:
                 times[c.name].append(clock() - start)
     medians = {c.name: statistics.median(times[c.name][1:]) for c in contenders if times[c.name]}
     nf4 = medians.get("bitsandbytes nf4")
@@ -92,12 +126,13 @@ def measure(contenders: list[Contender], shape: tuple[int, int], T: int, repeats
         {
             "shape": f"{N}x{K}",
             "rows": T,
+            "direction": "backward" if transpose else "forward",
             "contender": c.name,
             "ms": 1e3 * medians[c.name],
             "gweights_per_s": N * K / medians[c.name] / 1e9,
             "gb_per_s": c.nbytes / medians[c.name] / 1e9,
             "x_torch_fp32": medians["torch float32"] / medians[c.name],
-            **({"x_nf4": nf4 / medians[c.name]} if nf4 else {}),
+            "x_nf4": nf4 and nf4 / medians[c.name],
         }
         for c in contenders
         if c.name in medians
@@ -108,29 +143,30 @@ def dense(N: int, K: int, dtype: torch.dtype) -> Contender:
     """torch's own product with a dense weight."""
     name = str(dtype).removeprefix("torch.")
     weights = copies(torch.randn(N, K).to(dtype))
-    return Contender(f"torch {name}", lambda x, i: x @ weights[i % len(weights)].t(), weights[0].nbytes, dtype)
+
+    def multiply(x: Tensor, i: int, transpose: bool) -> Tensor:
+        weight = weights[i % len(weights)]
+        return x @ (weight if transpose else weight.t())
+
+    return Contender(f"torch {name}", multiply, weights[0].nbytes, dtype)
 
 
-def uniform(N: int, K: int, bits: int, group_size: int, kernel: str) -> Contender:
-    """A kernel of ours through the one op, as a layer calls it; None for numbers of rows that it refuses."""
-    G = groups(K, group_size)
-    codes, zeros = torch.randint(0, 2**bits, (N, K)), torch.randint(0, 2**bits, (N, G))
-    packed = Uniform.pack(codes, (torch.rand(N, G) + 0.1).half(), zeros, bits, group_size)
-    spec, key = packed.spec(), formats.spec_key(packed.spec())
+def ours_by(kernel: str, name: str, packed: Packed) -> Contender:
+    """A kernel of ours through the one op, as a layer calls it."""
+    spec = packed.spec()
     tensors = list(zip(*(copies(t, packed.nbytes) for t in packed.tensors().values()), strict=True))
 
-    def multiply(x: Tensor, i: int) -> Tensor | None:
+    def multiply(x: Tensor, i: int, transpose: bool) -> Tensor | None:
         with forced(kernel):
-            if registry.find("kernels", kernel).refuses(Call("cpu", x.dtype, len(x)), spec):
+            if registry.find("kernels", kernel).refuses(Call("cpu", x.dtype, len(x), transpose), spec):
                 return None
-            return kernels.apply(x, list(tensors[i % len(tensors)]), key)
+            return kernels.apply(x, list(tensors[i % len(tensors)]), packed.key, transpose)
 
-    return Contender(f"{bits}-bit {kernel}", multiply, packed.nbytes)
+    return Contender(f"{name} {kernel}", multiply, packed.nbytes)
 
 
-def serving(bits: int) -> list[str]:
-    """Kernels that multiply one row by a uniform weight of this width here, if asked for by name; not the reference."""
-    packed = Uniform.pack(torch.zeros(1, 64, dtype=torch.int), torch.ones(1, 1), None, bits, 64)
+def serving(packed: Packed) -> list[str]:
+    """Kernels that multiply one row by such a weight here if asked for by name; the reference if no other does."""
     names = []
     for name, kernel in kernels.table().items():
         with forced(name):
@@ -148,7 +184,9 @@ def bitsandbytes_nf4(N: int, K: int) -> tuple[Contender | None, str | None]:
     data, state = bitsandbytes.functional.quantize_4bit(torch.randn(N, K), quant_type="nf4")
     weights = copies(data)
 
-    def multiply(x: Tensor, i: int) -> Tensor:
+    def multiply(x: Tensor, i: int, transpose: bool) -> Tensor | None:
+        if transpose:
+            return None
         return bitsandbytes.matmul_4bit(x, weights[i % len(weights)].t(), quant_state=state)
 
     return Contender("bitsandbytes nf4", multiply, data.nbytes + state.absmax.nbytes), None

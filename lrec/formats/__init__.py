@@ -11,7 +11,7 @@ P bit planes, R rank, V vocabulary, O outliers. A weight is `w_NK`, oriented lik
 import dataclasses
 import json
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -44,9 +44,7 @@ class Packed:
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by field name; fields that are None are left out."""
-        held = (
-            (f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name in tensor_fields(type(self))
-        )
+        held = ((name, getattr(self, name)) for name in tensor_fields(type(self)))
         return {name: value for name, value in held if value is not None}
 
     def spec(self) -> dict:
@@ -55,6 +53,11 @@ class Packed:
         plain = {name: getattr(self, name) for name in names}
         kinds = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in self.tensors().items()}
         return {"format": self.name(), **plain, "shape": list(self.shape), "tensors": kinds}
+
+    @cached_property
+    def key(self) -> str:
+        """`spec_key` of the spec."""
+        return spec_key(self.spec())
 
     @property
     def nbytes(self) -> int:
@@ -111,6 +114,13 @@ def spec_key(spec: dict) -> str:
 def parse_key(key: str) -> dict:
     """The inverse of `spec_key`; shared between calls, so not to be changed."""
     return json.loads(key)
+
+
+def build_by_key(tensors: list[Tensor], key: str) -> Packed:
+    """`build` for a caller that has the key, which is not put together again."""
+    packed = build(tensors, parse_key(key))
+    packed.__dict__["key"] = key
+    return packed
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

@@ -20,6 +20,9 @@ from torch import Tensor
 from lrec import formats, registry
 from lrec.formats import Packed
 
+# What in the environment decides which kernel serves.
+ASKED = ("LREC_KERNEL", "LREC_ACTIVATION_BITS")
+
 
 @dataclass(frozen=True)
 class Call:
@@ -50,6 +53,17 @@ class Kernel:
 Base = Kernel
 
 
+def round_activations(bits: int | None) -> None:
+    """What `--activation_bits` does: asks, for this process, for the kernels that round x; None changes nothing.
+
+    Raises ValueError for a width other than 8.
+    """
+    if bits not in (None, 8):
+        raise ValueError(f"--activation_bits {bits} is not offered; allowed: 8; leave it out for exact activations")
+    if bits:
+        os.environ["LREC_ACTIVATION_BITS"] = str(bits)
+
+
 def table() -> dict[str, type[Kernel]]:
     """All kernels by name, those asked first in front."""
     return dict(sorted(registry.members("kernels").items(), key=lambda item: -item[1].priority))
@@ -78,9 +92,9 @@ def explain(call: Call, spec: dict) -> tuple[str, dict[str, str]]:
 
 
 @lru_cache(maxsize=65536)
-def _choose(call: Call, key: str, forced: str | None) -> type[Kernel]:
+def _choose(call: Call, key: str, asked: tuple[str | None, ...]) -> type[Kernel]:
     name, aside = explain(call, formats.parse_key(key))
-    if name == "reference" and not forced:
+    if name == "reference" and not os.environ.get("LREC_KERNEL"):
         _warn_once(
             call.device,
             str(call.dtype),
@@ -100,11 +114,16 @@ def _warn_once(device: str, dtype: str, format: str, reasons: str) -> None:
         )
 
 
+def multiply(x: Tensor, packed: Packed, transpose: bool = False) -> Tensor:
+    """The op's body: the product by the kernel that serves the call, without gradient and unseen by tracers."""
+    call = Call(x.device.type, x.dtype, x.shape[0], transpose)
+    asked = tuple(map(os.environ.get, ASKED))
+    return _choose(call, packed.key, asked).matmul(x, packed, transpose)
+
+
 @torch.library.custom_op("lrec::matmul", mutates_args=())
 def _matmul(x: Tensor, tensors: list[Tensor], spec: str, transpose: bool) -> Tensor:
-    packed = formats.build(tensors, formats.parse_key(spec))
-    call = Call(x.device.type, x.dtype, x.shape[0], transpose)
-    return _choose(call, spec, os.environ.get("LREC_KERNEL")).matmul(x, packed, transpose)
+    return multiply(x, formats.build_by_key(tensors, spec), transpose)
 
 
 @_matmul.register_fake
@@ -132,7 +151,7 @@ def matmul(x: Tensor, packed: Packed, transpose: bool = False) -> Tensor:
 
     Raises ValueError if the last dimension of x does not fit the weight.
     """
-    return apply(x, list(packed.tensors().values()), formats.spec_key(packed.spec()), transpose)
+    return apply(x, list(packed.tensors().values()), packed.key, transpose)
 
 
 def apply(x: Tensor, tensors: list[Tensor], key: str, transpose: bool = False) -> Tensor:

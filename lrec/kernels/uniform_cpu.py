@@ -5,33 +5,39 @@ gradients, a panel of rows of W is decoded and multiplied by torch; decoding cos
 rows of x share. Both compute in float32; half and bfloat16 x are converted on the way in and out.
 """
 
-from torch import Tensor
+import ctypes
+from dataclasses import replace
 
-from lrec.formats import Packed
-from lrec.kernels import Call, Kernel, native
-from lrec.kernels.native import DTYPES, GEMV_ROWS
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lrec.formats.uniform import Uniform
+from lrec.kernels.native import NativeKernel, structure
+
+# 8-bit scales -> (their version, the weight with floats in their place), let go with the tensor.
+_WIDE = WeakTensorKeyDictionary()
 
 
-class UniformCPU(Kernel):
-    """The native product; the decoded values are those of `Uniform.unpack`, bit for bit."""
+class UniformCPU(NativeKernel):
+    """The decoded values are those of `Uniform.unpack`, bit for bit."""
 
-    priority = 100
+    format = "uniform"
 
-    @classmethod
-    def refuses(cls, call: Call, spec: dict) -> str | None:
-        """Weights that are not uniform or not on the CPU, x in float64, a missing library."""
-        if spec["format"] != "uniform":
-            return f"it multiplies uniform weights, not {spec['format']}"
-        if call.device != "cpu":
-            return f"it runs on the CPU, not on {call.device}"
-        if call.dtype not in DTYPES:
-            return f"it computes in float32, which {call.dtype} does not allow"
-        return native.missing()
+    structure = structure("group_size bits", "qweight", "scale zero")
 
     @classmethod
-    def matmul(cls, x_TK: Tensor, packed: Packed, transpose: bool) -> Tensor:
-        """See `Kernel.matmul`."""
-        weight, library = native.uniform(packed), native.library()
-        if x_TK.shape[0] <= GEMV_ROWS and not transpose:
-            return native.gemv(library.lrec_uniform_gemv, weight, x_TK, *packed.shape)
-        return native.panels(library.lrec_uniform_decode, weight, x_TK, *packed.shape, transpose)
+    def weight(cls, packed: Uniform) -> ctypes.Structure:
+        """See `NativeKernel.weight`; 8-bit scales and zeros are read as floats."""
+        return super().weight(wide(packed) if packed.scale.dtype == torch.uint8 else packed)
+
+
+def wide(packed: Uniform) -> Uniform:
+    """The weight with 8-bit scales and zeros in fp16, which holds them exactly; made once a weight."""
+    # Inference tensors count no versions; those of a weight that changes in place are not among them.
+    version = 0 if packed.scale.is_inference() else packed.scale._version
+    known = _WIDE.get(packed.scale)
+    if known is None or known[0] != version or known[1].qweight is not packed.qweight:
+        zero = packed.zeros().half() if packed.zero is not None and packed.zero.dtype == torch.uint8 else packed.zero
+        made = replace(packed, scale=packed.scales().half(), zero=zero, scale_exponent=None)
+        known = _WIDE[packed.scale] = version, made
+    return known[1]

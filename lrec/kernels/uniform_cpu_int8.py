@@ -1,8 +1,8 @@
 """Uniform 2- and 4-bit weights on the CPU with activations rounded to int8: opt-in, for decoding.
 
 Twice as fast as the exact product and about one per cent off it (each weight stays exact, x is rounded), so it serves
-only who asks: `LREC_ACTIVATION_BITS=8` in the environment, or `LREC_KERNEL=uniform_cpu_int8`. More than `GEMV_ROWS`
-rows and gradients go to the exact kernel.
+only who asks: `--activation_bits 8`, `LREC_ACTIVATION_BITS=8` in the environment, or `LREC_KERNEL=uniform_cpu_int8`.
+Whoever asks gets it for any number of rows, so that what is evaluated is what decodes; gradients stay exact.
 """
 
 import os
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrec.formats import Packed
 from lrec.kernels import Call, Kernel, native
-from lrec.kernels.native import DTYPES, GEMV_ROWS
+from lrec.kernels.uniform_cpu import UniformCPU
 
 WIDTHS = (2, 4)
 
@@ -24,25 +24,19 @@ class UniformCPUInt8(Kernel):
 
     @classmethod
     def refuses(cls, call: Call, spec: dict) -> str | None:
-        """All that the exact kernel refuses, other widths than 2 and 4, many rows, gradients, and who did not ask."""
-        if spec["format"] != "uniform" or spec["bits"] not in WIDTHS:
+        """All that the exact kernel refuses, other widths than 2 and 4, gradients, and who did not ask."""
+        if spec["format"] == "uniform" and spec["bits"] not in WIDTHS:
             return f"it multiplies uniform weights of {' or '.join(map(str, WIDTHS))} bits"
-        if call.device != "cpu":
-            return f"it runs on the CPU, not on {call.device}"
         if os.environ.get("LREC_ACTIVATION_BITS") != "8" and os.environ.get("LREC_KERNEL") != "uniform_cpu_int8":
-            return "it rounds activations to 8 bits, which LREC_ACTIVATION_BITS=8 asks for"
-        if call.dtype not in DTYPES:
-            return f"it computes in float32, which {call.dtype} does not allow"
+            return "it rounds activations to 8 bits, which --activation_bits 8 or LREC_ACTIVATION_BITS=8 asks for"
         if call.transpose:
             return "gradients are not rounded"
-        if call.num_rows > GEMV_ROWS:
-            return f"beyond {GEMV_ROWS} rows the exact kernel is as fast"
-        return native.missing()
+        return UniformCPU.refuses(call, spec)
 
     @classmethod
     def matmul(cls, x_TK: Tensor, packed: Packed, transpose: bool) -> Tensor:
         """See `Kernel.matmul`."""
-        return native.gemv(native.library().lrec_uniform_gemv_int8, native.uniform(packed), x_TK, *packed.shape)
+        return native.gemv(native.function("uniform_gemv_int8"), UniformCPU.weight(packed), x_TK, *packed.shape)
 
     @classmethod
     def activations(cls, x_TK: Tensor, packed: Packed) -> Tensor:

@@ -87,6 +87,21 @@ def test_explain_names_a_kernel_for_every_layer(place, capsys):
     assert all(row["kernel"] for row in told["layers"])
 
 
+def test_rounded_activations_are_asked_for_by_a_flag(place, capsys, monkeypatch):
+    monkeypatch.setenv("LREC_ACTIVATION_BITS", "")
+    told = report(place, capsys, "explain", "--model", "Q", "--activation_bits", "8")
+    forward = {row["kernel"] for row in told["layers"] if row["direction"] == "forward"}
+    assert forward in ({"uniform_cpu_int8"}, {"reference"})
+    assert run(place, "explain", "--model", "Q", "--activation_bits", "4") == 2
+    assert "allowed: 8" in capsys.readouterr().err
+
+
+def test_generate_is_measured_on_both_sides(place, capsys):
+    short = ("--max_new_tokens", "3", "--repeats", "1", "--prompt_length", "4")
+    told = report(place, capsys, "bench", "generate", "--model", "Q", "--teacher", "M", *short)
+    assert told["packed_tokens_per_s"] > 0 and told["dense_tokens_per_s"] > 0
+
+
 def test_merged_loads_without_lrec_and_equals_base_plus_adapter(place, capsys):
     shutil.rmtree(place / "O", ignore_errors=True)
     assert run(place, "export", "--model", "Q", "--adapter", "A", "--format", "merged", "--output_dir", "O") == 0

@@ -33,30 +33,34 @@ def uniform(N, K, bits, group_size, zero, scale_bits=16):
     return Uniform.pack(codes, scales, zeros, bits, group_size, scale_bits)
 
 
-def codebook(N, K, bits, table_shape, group_size=0, block_size=0):
-    """Random levels for the weight, its rows or its groups, and blockwise scales where there is a block size."""
-    scale = torch.rand(-(-N * K // block_size)) + 0.5 if block_size else None
-    codes = torch.randint(0, 2**bits, (N, K))
-    return Codebook.pack(
-        codes, torch.randn(*table_shape, 2**bits), group_size=group_size, scale=scale, block_size=block_size
-    )
+def codebook(N, K, bits, table_shape, group_size=0, block_size=0, twice=False, dtype=torch.float32):
+    """Random levels for the weight, rows or groups, and scales of blocks, quantized `twice`, if these have a size."""
+    B = -(-N * K // block_size) if block_size else 0
+    scale = (torch.rand(B) + 0.5).to(dtype) if block_size else None
+    if twice:
+        scale = torch.randint(0, 256, (B,)).to(torch.uint8), torch.rand(-(-B // 256)) + 0.1, torch.rand(1) + 1
+    codes, table = torch.randint(0, 2**bits, (N, K)), torch.randn(*table_shape, 2**bits).to(dtype)
+    return Codebook.pack(codes, table, group_size=group_size, scale=scale, block_size=block_size)
 
 
-def binary(N, K, planes, group_size):
+def binary(N, K, planes, group_size, dtype=torch.float32):
     """Random signs, alphas and offsets."""
     G = groups(K, group_size or K)
-    return Binary.pack(torch.randint(0, 2**planes, (N, K)), torch.rand(N, G, planes), torch.randn(N, G), group_size)
+    alpha, offset = torch.rand(N, G, planes).to(dtype), torch.randn(N, G).to(dtype)
+    return Binary.pack(torch.randint(0, 2**planes, (N, K)), alpha, offset, group_size)
 
 
-def outlier(N, K, bits):
-    """Five per cent outliers with a table of their own."""
-    codes = torch.randint(0, 2**bits, (N, K))
-    return Outlier.pack(codes, torch.rand(N, K) < 0.05, torch.randn(N, 2, 2**bits), bits, 6)
+def outlier(N, K, bits, index_bits=6, share=0.05, spanned=False, tile=16384):
+    """Outliers, by default five per cent, with a table of their own, or `spanned` by scales and bases."""
+    codes, levels = torch.randint(0, 2**bits, (N, K)), torch.randn(N, 2, 2**bits)
+    if spanned:
+        levels = (torch.rand(N, 2) + 0.1).half(), torch.randn(N, 2).half()
+    return Outlier.pack(codes, torch.rand(N, K) < share, levels, bits, index_bits, tile)
 
 
-def salient(N, K):
-    """A fifth of the columns in four bits."""
-    mask = torch.rand(K) < 0.2
+def salient(N, K, share=0.2):
+    """A share of the columns in four bits."""
+    mask = torch.rand(K) < share
     S = int(mask.sum())
     four_bits = torch.randint(0, 16, (N, S)), torch.rand(N) + 0.1, torch.randint(0, 16, (N,))
     return Salient.pack(
@@ -91,17 +95,40 @@ EXAMPLES = {
     "codebook": {
         "2bit-weight-blocks": (codebook, 41, 401, 2, (), 0, 64),
         "3bit-rows": (codebook, 41, 401, 3, (41,)),
+        "2bit-groups-of-100-blocks-of-48": (codebook, 33, 576, 2, (33, 6), 100, 48, False, torch.float16),
+        "3bit-groups-of-7": (codebook, 5, 41, 3, (5, 6), 7),
         "4bit-groups": (codebook, 41, 1271, 4, (41, 20), 64),
         "4bit-weight-blocks": (codebook, 33, 576, 4, (), 0, 64),
+        "4bit-blocks-twice": (codebook, 130, 401, 4, (), 0, 64, True),
+        "3bit-rows-blocks-longer-than-rows": (codebook, 37, 100, 3, (37,), 0, 256, True, torch.bfloat16),
     },
     "binary": {
         "1plane": (binary, 41, 401, 1, 0),
         "2planes": (binary, 41, 1271, 2, 128),
         "3planes": (binary, 33, 576, 3, 64),
+        "4planes": (binary, 37, 401, 4, 20, torch.float16),
+        "1plane-groups": (binary, 5, 200, 1, 24),
     },
-    "outlier": {"2bit": (outlier, 41, 401, 2), "3bit": (outlier, 41, 1271, 3)},
-    "salient": {"odd": (salient, 41, 401), "even": (salient, 64, 576)},
-    "ternary": {"rows": (ternary, 41, 401, 0), "groups": (ternary, 41, 1271, 64)},
+    "outlier": {
+        "2bit": (outlier, 41, 401, 2),
+        "3bit": (outlier, 41, 1271, 3),
+        "4bit-spanned": (outlier, 37, 576, 4, 5, 0.05, True),
+        "2bit-rare": (outlier, 64, 576, 2, 4, 0.001),
+        "2bit-none": (outlier, 5, 33, 2, 7, 0.0),
+        "3bit-dense-small-tiles": (outlier, 41, 401, 3, 4, 0.6, False, 100),
+    },
+    "salient": {
+        "odd": (salient, 41, 401),
+        "even": (salient, 64, 576),
+        "all": (salient, 7, 33, 1.0),
+        "none": (salient, 7, 33, 0.0),
+    },
+    "ternary": {
+        "rows": (ternary, 41, 401, 0),
+        "groups": (ternary, 41, 1271, 64),
+        "groups-of-20": (ternary, 37, 576, 20),
+        "tiny": (ternary, 3, 3, 0),
+    },
 }
 
 

@@ -11,6 +11,8 @@
 
 #include "lrec_native.h"
 
+void run_rows();  // native_rows.cpp
+
 static std::mt19937 generator(0);
 
 static uint32_t stream_code(const uint32_t* words, int64_t k, int bits) {
@@ -24,8 +26,8 @@ static uint32_t stream_code(const uint32_t* words, int64_t k, int bits) {
 
 static void check(const char* what, double actual, double expected, double size, const LrecUniform& w, int64_t T) {
     if (std::fabs(actual - expected) <= 2e-6 * size) return;
-    std::printf("%s: %g, expected %g; N=%ld K=%ld group=%ld bits=%d zero=%d T=%ld\n", what, actual, expected, long(w.N), long(w.K),
-                long(w.group_size), w.bits, w.zero_kind, long(T));
+    std::printf("%s: %g, expected %g; N=%ld K=%ld group=%ld bits=%ld zero=%ld T=%ld\n", what, actual, expected, long(w.N), long(w.K),
+                long(w.group_size), long(w.bits), long(w.zero.kind), long(T));
     std::exit(1);
 }
 
@@ -38,11 +40,11 @@ static void run(int64_t N, int64_t K, int64_t group_size, int bits, int scale_ki
     std::vector<uint16_t> half_scale(N * G, 0x3800), half_zero(N * G, 0x3e00);  // 0.5 and 1.5
     for (auto& s : scale) s = 0.5f;
     for (auto& z : zero) z = 1.5f;
-    const LrecUniform w = {N, K, group_size, bits, scale_kind, zero_kind, codes.data(),
-                           scale_kind == LREC_HALF ? static_cast<const void*>(half_scale.data()) : scale.data(),
-                           zero_kind == LREC_CODES ? static_cast<const void*>(zero_codes.data())
-                           : zero_kind == LREC_HALF ? static_cast<const void*>(half_zero.data())
-                                                    : zero.data()};
+    const void* scales = scale_kind == LREC_HALF ? static_cast<const void*>(half_scale.data()) : scale.data();
+    const void* zeros = zero_kind == LREC_CODES  ? static_cast<const void*>(zero_codes.data())
+                        : zero_kind == LREC_HALF ? static_cast<const void*>(half_zero.data())
+                                                 : zero.data();
+    const LrecUniform w = {N, K, group_size, bits, codes.data(), {scales, scale_kind}, {zeros, zero_kind}};
     std::vector<double> weight(N * K);
     for (int64_t n = 0; n < N; n++)
         for (int64_t k = 0; k < K; k++) {
@@ -94,5 +96,6 @@ int main() {
             for (int64_t K : {1, 17, 41, 128, 401})
                 for (int64_t group_size : {16, 20, 48, 64, 128, 401})
                     if (group_size <= std::max<int64_t>(K, 16)) run(K == 401 ? 37 : 5, K, group_size, bits, K % 2 ? LREC_HALF : LREC_FLOAT, zero_kind);
+    run_rows();
     return 0;
 }

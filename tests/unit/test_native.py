@@ -17,7 +17,7 @@ from lrec.quantizers.rtn import RTN
 from tests.checks import assert_close
 
 FOLDER = Path(native.__file__).parent
-DRIVER = Path(__file__).with_name("native_driver.cpp")
+DRIVER = sorted(Path(__file__).parent.glob("native_*.cpp"))
 needs_library = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 
 
@@ -65,7 +65,11 @@ def test_int8_activations_serve_only_who_asks(monkeypatch):
     monkeypatch.setenv("LREC_ACTIVATION_BITS", "8")
     assert kernels.explain(call, spec)[0] == "uniform_cpu_int8"
     assert kernels.explain(Call("cpu", torch.float32, 1, transpose=True), spec)[0] == "uniform_cpu"
-    assert kernels.explain(Call("cpu", torch.float32, 64), spec)[0] == "uniform_cpu"
+    assert kernels.explain(Call("cpu", torch.float32, 64), spec)[0] == "uniform_cpu_int8"
+    x = torch.randn(1, 401)
+    rounded = kernels.matmul(x, weight())
+    monkeypatch.delenv("LREC_ACTIVATION_BITS")
+    assert not torch.equal(kernels.matmul(x, weight()), rounded), "the choice outlived the setting"
 
 
 @needs_library
@@ -79,17 +83,17 @@ def test_int8_activations_that_are_not_finite_stay_so(monkeypatch):
 
 
 @needs_library
-@pytest.mark.parametrize("path", ["portable", "avx2"])
-def test_both_implementations_pass_the_kernel_tests(path):
+@pytest.mark.parametrize("path", ["portable", "avx2", "avx512"])
+def test_all_implementations_pass_the_kernel_tests(path):
     if path == native.cpu_path():
         pytest.skip(f"this process runs {path}, and tests/numeric/test_kernels.py tests it here")
-    environment = {**os.environ, "LREC_CPU": "portable" if path == "portable" else "", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "LREC_CPU": path, "OMP_NUM_THREADS": "1"}
     shown = subprocess.check_output(
         [sys.executable, "-c", "from lrec.kernels import native; print(native.cpu_path())"], env=environment, text=True
     )
     if shown.strip() != path:
         pytest.skip(f"this machine has no {path}")
-    selected = "uniform_cpu and (product or identity)"
+    selected = "_cpu and (product or identity)"
     tests = [sys.executable, "-m", "pytest", "-q", "tests/numeric/test_kernels.py", "-k", selected]
     done = subprocess.run(tests, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -106,11 +110,11 @@ def test_every_function_is_clean_under_sanitizers(tmp_path):
     if subprocess.run([compiler, *sanitize, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
         pytest.skip("the compiler has no address and undefined-behaviour sanitizers")
     driver = tmp_path / "driver"
-    sources = [str(DRIVER), *map(str, sorted(FOLDER.glob("*.cpp")))]
+    sources = [*map(str, DRIVER), *map(str, sorted(FOLDER.glob("*.cpp")))]
     flags = ["-std=c++17", "-O1", "-fopenmp", "-Wall", "-Wextra", "-Werror", f"-I{FOLDER}"]
     built = subprocess.run([compiler, *flags, *sanitize, *sources, "-o", str(driver)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    for path in ("", "portable"):
+    for path in ("", "avx2", "portable"):
         environment = {**os.environ, "LREC_CPU": path, "OMP_NUM_THREADS": "2"}
         done = subprocess.run([str(driver)], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr[-3000:]

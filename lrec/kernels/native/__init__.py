@@ -5,35 +5,103 @@ the same name gets the same one, so both share one pool of threads.
 """
 
 import ctypes
-from functools import cache
+import threading
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from lrec.formats.uniform import Uniform
+from lrec import formats
+from lrec.formats import Packed
+from lrec.kernels import Call, Kernel
 
-ABI = 1
+ABI = 2
 GEMV_ROWS = 8
-PANEL_WEIGHTS = 2**20
+PANEL_WEIGHTS = 2**22
 SINGLE_THREAD_WEIGHTS = 2**20
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PATH = Path(__file__).with_name("liblrec_native.so")
 BUILD_LOG = Path(__file__).with_name("build.log")
-# 8-bit scales -> (their version, scales and zeros as floats), let go with the tensor.
-_WIDE = WeakTensorKeyDictionary()
-ZERO_KINDS = {None: 0, torch.int32: 1, torch.float16: 16, torch.float32: 32}
+# LrecKind of lrec_native.h, by the dtype that a spec names.
+KINDS = {"uint8": 1, "int32": 1, "float16": 16, "bfloat16": 17, "float32": 32}
+
+_held = threading.local()
 
 
-class UniformWeight(ctypes.Structure):
-    """`LrecUniform` of lrec_native.h."""
+class Floats(ctypes.Structure):
+    """`LrecFloats` of lrec_native.h; all zero where a tensor is absent."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("N", "K", "group_size")),
-        *((name, ctypes.c_int32) for name in ("bits", "scale_kind", "zero_kind")),
-        *((name, ctypes.c_void_p) for name in ("qweight", "scale", "zero")),
-    ]
+    _fields_ = (("data", ctypes.c_void_p), ("kind", ctypes.c_int64))
+
+
+class NativeKernel(Kernel):
+    """The native product with one format: few rows of x by a `gemv`, more and gradients by decoded panels and sgemm.
+
+    A subclass names the C structure of its format, which `weight` fills: a field typed `Floats` or pointer with the
+    tensor of that name, an integer with the number of that name in the spec, or with what `numbers` adds.
+    """
+
+    priority = 100
+    format: str
+    structure: type[ctypes.Structure]
+
+    @classmethod
+    def numbers(cls, spec: dict) -> dict[str, int]:
+        """Values of integer fields that the spec does not hold under their names."""
+        return {}
+
+    @classmethod
+    def refuses(cls, call: Call, spec: dict) -> str | None:
+        """Other formats and devices, x or stored numbers in float64, a missing library."""
+        if spec["format"] != cls.format:
+            return f"it multiplies {cls.format} weights, not {spec['format']}"
+        if call.device != "cpu":
+            return f"it runs on the CPU, not on {call.device}"
+        if call.dtype not in DTYPES:
+            return f"it computes in float32, which {call.dtype} does not allow"
+        numbers = [name for name, kind in cls.structure._fields_ if kind is Floats and name in spec["tensors"]]
+        stored = {spec["tensors"][name][0] for name in numbers} - KINDS.keys()
+        if stored:
+            return f"it reads no tensors in {', '.join(sorted(stored))}"
+        return missing()
+
+    @classmethod
+    def matmul(cls, x_TK: Tensor, packed: Packed, transpose: bool) -> Tensor:
+        """See `Kernel.matmul`."""
+        if x_TK.shape[0] <= GEMV_ROWS and not transpose:
+            return gemv(function(f"{cls.format}_gemv"), cls.weight(packed), x_TK, *packed.shape)
+        return panels(function(f"{cls.format}_decode"), cls.weight(packed), x_TK, *packed.shape, transpose)
+
+    @classmethod
+    def weight(cls, packed: Packed) -> ctypes.Structure:
+        """The C view of a weight whose tensors are contiguous; valid as long as those live."""
+        return _view(cls, packed.key, tuple(t.data_ptr() for t in packed.tensors().values()))
+
+
+@lru_cache(maxsize=16384)
+def _view(kernel: type[NativeKernel], key: str, pointers: tuple[int, ...]) -> ctypes.Structure:
+    # Nothing but the arguments enters a view, so it holds for whatever tensors come to stand at these addresses.
+    spec = formats.parse_key(key)
+    N, K = spec["shape"]
+    numbers = {"N": N, "K": K} | spec | kernel.numbers(spec)
+    places = dict(zip(spec["tensors"], pointers, strict=True))
+    view = kernel.structure()
+    for name, kind in kernel.structure._fields_:
+        if kind is Floats and name in places:
+            setattr(view, name, Floats(places[name], KINDS[spec["tensors"][name][0]]))
+        elif kind is ctypes.c_void_p:
+            setattr(view, name, places.get(name, numbers.get(name)))
+        elif kind is not Floats:
+            setattr(view, name, numbers[name])
+    return view
+
+
+def structure(integers: str, pointers: str, floats: str) -> type[ctypes.Structure]:
+    """A structure of lrec_native.h: N and K, then the fields of these names, which stand apart by spaces."""
+    kinds = ((f"N K {integers}", ctypes.c_int64), (pointers, ctypes.c_void_p), (floats, Floats))
+    fields = [(name, kind) for names, kind in kinds for name in names.split()]
+    return type("Weight", (ctypes.Structure,), {"_fields_": fields})
 
 
 @cache
@@ -53,49 +121,27 @@ def missing() -> str | None:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The loaded library, its functions declared. Asserts that it is not `missing`."""
+    """The loaded library. Asserts that it is not `missing`."""
     assert missing() is None, missing()
-    lib = ctypes.CDLL(str(PATH))
-    lib.lrec_cpu_path.restype = ctypes.c_char_p
-    weight, pointer, i64, i32 = ctypes.POINTER(UniformWeight), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    lib.lrec_uniform_decode.argtypes = [weight, i64, i64, pointer, i32]
-    for gemv in (lib.lrec_uniform_gemv, lib.lrec_uniform_gemv_int8):
-        gemv.argtypes, gemv.restype = [weight, pointer, i64, i64, pointer, i64, i32], None
-    lib.lrec_uniform_decode.restype = None
-    return lib
+    return ctypes.CDLL(str(PATH))
+
+
+@cache
+def function(name: str):
+    """The library's function `lrec_<name>`, its arguments declared: a `decode` or a `gemv`."""
+    found = getattr(library(), f"lrec_{name}")
+    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    decodes = name.endswith("_decode")
+    found.argtypes = [pointer, i64, i64, pointer, i32] if decodes else [pointer, pointer, i64, i64, pointer, i64, i32]
+    found.restype = None
+    return found
 
 
 def cpu_path() -> str:
-    """`avx2` or `portable`: the implementation that runs on this machine; `LREC_CPU=portable` forces the latter."""
-    return library().lrec_cpu_path().decode()
-
-
-def uniform(packed: Uniform) -> UniformWeight:
-    """The C view of a weight whose tensors are contiguous; valid as long as those live."""
-    N, K = packed.shape
-    scale, zero = wide(packed) if packed.scale.dtype == torch.uint8 else (packed.scale, packed.zero)
-    return UniformWeight(
-        N,
-        K,
-        packed.group_size,
-        packed.bits,
-        ZERO_KINDS[scale.dtype],
-        0 if zero is None else ZERO_KINDS[zero.dtype],
-        packed.qweight.data_ptr(),
-        scale.data_ptr(),
-        0 if zero is None else zero.data_ptr(),
-    )
-
-
-def wide(packed: Uniform) -> tuple[Tensor, Tensor | None]:
-    """Scales and zeros as the C code takes them, 8-bit ones in fp16, which holds them exactly; made once a weight."""
-    # Inference tensors count no versions; those of a weight that changes in place are not among them.
-    version = 0 if packed.scale.is_inference() else packed.scale._version
-    known = _WIDE.get(packed.scale)
-    if known is None or known[0] != version:
-        zero = packed.zeros().half() if packed.zero is not None and packed.zero.dtype == torch.uint8 else packed.zero
-        known = _WIDE[packed.scale] = version, packed.scales().half(), zero
-    return known[1:]
+    """`avx512`, `avx2` or `portable`: the implementation that runs here. `LREC_CPU` names one not to go beyond."""
+    path = library().lrec_cpu_path
+    path.restype = ctypes.c_char_p
+    return path().decode()
 
 
 def threads(num_weights: int) -> int:
@@ -105,34 +151,43 @@ def threads(num_weights: int) -> int:
 
 def decode(function, weight: ctypes.Structure, start: int, stop: int, out: Tensor) -> None:
     """Writes rows start <= n < stop of the decoded weight to the first rows of `out`, contiguous float32 (n, K)."""
-    function(weight, start, stop, out.data_ptr(), threads((stop - start) * out.shape[1]))
+    function(ctypes.byref(weight), start, stop, out.data_ptr(), threads((stop - start) * out.shape[1]))
 
 
 def gemv(function, weight: ctypes.Structure, x_TK: Tensor, N: int, K: int) -> Tensor:
     """x W^T (T, N) in x's dtype by a native function that takes few rows of x."""
     x = _float32(x_TK)
     y_TN = torch.empty(x.shape[0], N)
-    function(weight, x.data_ptr(), x.shape[0], x.stride(0), y_TN.data_ptr(), N, threads(N * K))
+    function(ctypes.byref(weight), x.data_ptr(), x.shape[0], x.stride(0), y_TN.data_ptr(), N, threads(N * K))
     return y_TN.to(x_TK.dtype)
 
 
 def panels(function, weight: ctypes.Structure, x: Tensor, N: int, K: int, transpose: bool) -> Tensor:
-    """x W^T (T, N), or x W (T, K), in x's dtype: panels of rows that `function` decodes, multiplied by torch.
-
-    The workspace is one panel of `PANEL_WEIGHTS` floats, or one row where that is longer.
-    """
+    """x W^T (T, N), or x W (T, K), in x's dtype: panels of rows that `function` decodes, multiplied by torch."""
     wide = _float32(x)
-    y = wide.new_zeros(x.shape[0], K) if transpose else wide.new_empty(x.shape[0], N)
+    y = wide.new_empty(x.shape[0], K if transpose else N)
     step = max(1, min(N, PANEL_WEIGHTS // K))
-    panel_nK = torch.empty(step, K)
+    workspace_nK = _workspace(step * K)[: step * K].view(step, K)
     for start in range(0, N, step):
         stop = min(start + step, N)
+        panel_nK = workspace_nK[: stop - start]
         decode(function, weight, start, stop, panel_nK)
-        if transpose:
-            y.addmm_(wide[:, start:stop], panel_nK[: stop - start])
+        if not transpose:
+            torch.mm(wide, panel_nK.t(), out=y[:, start:stop])
+        elif start == 0:
+            torch.mm(wide[:, :stop], panel_nK, out=y)
         else:
-            torch.mm(wide, panel_nK[: stop - start].t(), out=y[:, start:stop])
+            y.addmm_(wide[:, start:stop], panel_nK)
     return y.to(x.dtype)
+
+
+def _workspace(size: int) -> Tensor:
+    # One buffer per thread, kept: memory fresh from the system costs a page fault every 1024 weights, more than to
+    # decode them. It holds a panel of PANEL_WEIGHTS floats, or one row where that is longer.
+    held = getattr(_held, "workspace", None)
+    if held is None or held.numel() < size:
+        held = _held.workspace = torch.empty(size)
+    return held
 
 
 def _float32(x: Tensor) -> Tensor:

@@ -1,17 +1,21 @@
-// The frame of a product with few rows of x, in AVX2: y += scale * (sum q x - zero * sum x), block by block.
+// The frame of a product with few rows of x, by vectors: y += scale * (sum q x - zero * sum x), block by block. Included
+// once for each width, after the definitions of Vector and Codes.
 //
 // A `Product` says how a block of x is laid out and how its products with a block of codes are summed: BITS; BYTES, the
 // size of one laid-out block; prepare_block(from, to, sums); and block_sums<R, T>(codes, words, x, sums).
-#pragma once
-#include "avx2.h"
+constexpr int LANES = Vector::WIDTH;
 
-#ifdef LREC_X86
-LREC_AVX2_BEGIN
-namespace lrec {
-namespace avx2 {
-namespace {
+// How `BITS`-bit codes stand in one load: PER_LANE codes in each lane, BLOCK in all. Fields at and above HALF are
+// reached after one shift by 16, which keeps the sign bit clear and the powers of two small.
+template <int BITS>
+struct Layout {
+    static constexpr int PER_LANE = BITS == 2 ? 16 : BITS == 8 ? 4 : 8;
+    static constexpr int BLOCK = LANES * PER_LANE;
+    static constexpr int WORDS = BLOCK * BITS / 32;
+    static constexpr int HALF = BITS == 3 ? PER_LANE : PER_LANE / 2;
+};
 
-// x laid out: for each block and row of x BYTES bytes, then 8 sums; then the groups of the lanes.
+// x laid out: for each block and row of x BYTES bytes, then LANES sums; then the groups of the lanes.
 struct Prepared {
     char* x;
     float* sums;
@@ -26,7 +30,7 @@ int64_t num_blocks(const LrecUniform& w) {
 
 template <class Product>
 int64_t prepared_bytes(const LrecUniform& w, int64_t T) {
-    return num_blocks<Product>(w) * (T * (Product::BYTES + 32) + 36);
+    return num_blocks<Product>(w) * (T * (Product::BYTES + 4 * LANES) + 4 * LANES + 4);
 }
 
 template <class Product>
@@ -35,8 +39,8 @@ Prepared parts(const LrecUniform& w, char* prepared, int64_t T) {
     Prepared p;
     p.x = prepared;
     p.sums = reinterpret_cast<float*>(p.x + blocks * T * Product::BYTES);
-    p.lanes = reinterpret_cast<int32_t*>(p.sums + blocks * T * 8);
-    p.first = p.lanes + blocks * 8;
+    p.lanes = reinterpret_cast<int32_t*>(p.sums + blocks * T * LANES);
+    p.first = p.lanes + blocks * LANES;
     return p;
 }
 
@@ -54,13 +58,13 @@ void prepare(const LrecUniform& w, const float* x, int64_t T, int64_t ldx, char*
                 for (int i = 0; i < L::BLOCK; i++) last[i] = i < left ? from[i] : 0.0f;
                 from = last;
             }
-            Product::prepare_block(from, p.x + (b * T + t) * Product::BYTES, p.sums + (b * T + t) * 8);
+            Product::prepare_block(from, p.x + (b * T + t) * Product::BYTES, p.sums + (b * T + t) * LANES);
         }
         const int64_t first = b * L::BLOCK / w.group_size;
         p.first[b] = int32_t(first);
-        for (int lane = 0; lane < 8; lane++) {
+        for (int lane = 0; lane < LANES; lane++) {
             const int64_t group = (b * L::BLOCK + lane * L::PER_LANE) / w.group_size;
-            p.lanes[b * 8 + lane] = int32_t((group < groups ? group : groups - 1) - first);
+            p.lanes[b * LANES + lane] = int32_t((group < groups ? group : groups - 1) - first);
         }
     }
 }
@@ -71,30 +75,25 @@ void gemv_block(const LrecUniform& w, const Prepared& p, int64_t n, const float*
     using L = Layout<Product::BITS>;
     const int64_t words = row_words(w), blocks = num_blocks<Product>(w), stride = grid_stride(w);
     const int64_t per_group = w.group_size >= w.K ? blocks : w.group_size / L::BLOCK;
-    __m256 total[R][T];
+    Vector total[R][T];
     for (auto& row : total)
-        for (auto& t : row) t = _mm256_setzero_ps();
-    const auto finish = [&](int64_t b, int64_t group, __m256 sums[R][T]) __attribute__((always_inline)) {
+        for (auto& t : row) t = Vector::zero();
+    const auto finish = [&](int64_t b, int64_t group, Vector sums[R][T]) __attribute__((always_inline)) {
         for (int r = 0; r < R; r++) {
-            __m256 s, z;
-            if (WHOLE) {
-                s = _mm256_broadcast_ss(scale + r * stride + group);
-                z = _mm256_broadcast_ss(zero + r * stride + group);
-            } else {
-                const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.lanes + b * 8));
-                s = _mm256_permutevar8x32_ps(_mm256_loadu_ps(scale + r * stride + p.first[b]), lanes);
-                z = _mm256_permutevar8x32_ps(_mm256_loadu_ps(zero + r * stride + p.first[b]), lanes);
-            }
+            const float *s = scale + r * stride, *z = zero + r * stride;
+            const int32_t* lanes = p.lanes + b * LANES;
+            const Vector by = WHOLE ? Vector::broadcast(s + group) : Vector::pick(s + p.first[b], lanes);
+            const Vector less = WHOLE ? Vector::broadcast(z + group) : Vector::pick(z + p.first[b], lanes);
             for (int t = 0; t < T; t++) {
-                const __m256 sum = _mm256_fnmadd_ps(z, _mm256_loadu_ps(p.sums + (b * T + t) * 8), sums[r][t]);
-                total[r][t] = _mm256_fmadd_ps(s, sum, total[r][t]);
+                sums[r][t].fnma(less, Vector::load(p.sums + (b * T + t) * LANES));
+                total[r][t].fma(by, sums[r][t]);
             }
         }
     };
     const uint32_t* codes = row_codes(w, n);
     const int64_t full = words / L::WORDS;
     int64_t group = 0, left = per_group;
-    __m256 sums[R][T];
+    Vector sums[R][T];
     for (int64_t b = 0; b < full; b++) {
         for (int r = 0; r < R; r++) _mm_prefetch(reinterpret_cast<const char*>(codes + (R + r) * words + b * L::WORDS), _MM_HINT_T0);
         Product::template block_sums<R, T>(codes + b * L::WORDS, words, p.x + b * T * Product::BYTES, sums);
@@ -108,7 +107,7 @@ void gemv_block(const LrecUniform& w, const Prepared& p, int64_t n, const float*
         finish(full, group, sums);
     }
     for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) y[t * ldy + n + r] = sum_lanes(total[r][t]);
+        for (int t = 0; t < T; t++) y[t * ldy + n + r] = total[r][t].sum();
 }
 
 template <class Product, int T, bool WHOLE>
@@ -117,7 +116,7 @@ void gemv_grid(const LrecUniform& w, const Prepared& p, int64_t first, int64_t l
     const int64_t stride = grid_stride(w);
     float* scale = scratch;
     float* zero = scratch + CHUNK * stride;
-    load_grid(w, first, last - first, stride, scale, zero);
+    avx2::load_grid(w, first, last - first, stride, scale, zero);
     int64_t n = first;
     for (; n + R <= last; n += R, scale += R * stride, zero += R * stride) gemv_block<Product, R, T, WHOLE>(w, p, n, scale, zero, y, ldy);
     for (; n < last; n++, scale += stride, zero += stride) gemv_block<Product, 1, T, WHOLE>(w, p, n, scale, zero, y, ldy);
@@ -142,9 +141,3 @@ template <class Product>
 constexpr Gemv functions() {
     return {prepared_bytes<Product>, prepare<Product>, gemv_rows<Product>};
 }
-
-}  // namespace
-}  // namespace avx2
-}  // namespace lrec
-LREC_AVX2_END
-#endif

@@ -3,63 +3,36 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
 #include <vector>
 
 namespace lrec {
 namespace {
 
-float half_to_float(uint16_t h) {
-    const int exponent = (h >> 10) & 31;
-    const int mantissa = h & 1023;
-    float value;
-    if (exponent == 31) value = mantissa ? NAN : INFINITY;
-    else if (exponent == 0) value = std::ldexp(float(mantissa), -24);
-    else value = std::ldexp(float(mantissa + 1024), exponent - 25);
-    return h & 0x8000 ? -value : value;
-}
-
-float stored_float(const void* data, int32_t kind, int64_t i) {
-    return kind == LREC_HALF ? half_to_float(static_cast<const uint16_t*>(data)[i]) : static_cast<const float*>(data)[i];
-}
-
-bool use_avx2() {
-#ifdef LREC_X86
-    static const bool chosen = [] {
-        const char* forced = std::getenv("LREC_CPU");
-        if (forced && std::strcmp(forced, "portable") == 0) return false;
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    }();
-    return chosen;
-#else
-    return false;
-#endif
-}
-
 void decode_row(const LrecUniform& w, int64_t n, float* grid, float* out) {
     const int64_t G = num_groups(w);
     row_grid(w, n, grid, grid + G);
 #ifdef LREC_X86
-    if (use_avx2() && avx2::serves(w)) return avx2::decode_row(w, n, grid, grid + G, out);
+    if (cpu() != Cpu::PORTABLE && avx2::serves(w)) return avx2::decode_row(w, n, grid, grid + G, out);
 #endif
     decode_columns(w, n, grid, grid + G, 0, w.K, out);
 }
 
 #ifdef LREC_X86
-// The product in AVX2; false if that does not serve.
-bool gemv_avx2(const LrecUniform& w, const avx2::Gemv& kernel, const float* x, int64_t T, int64_t ldx, float* y, int64_t ldy, int32_t threads) {
-    if (!use_avx2() || !avx2::serves(w)) return false;
+bool use_vnni() { return cpu() == Cpu::AVX512 && __builtin_cpu_supports("avx512vnni"); }
+
+// The product by vectors; false if that does not serve.
+bool gemv_vectors(const LrecUniform& w, const Gemv& kernel, const float* x, int64_t T, int64_t ldx, float* y, int64_t ldy, int32_t threads) {
+    if (cpu() == Cpu::PORTABLE || !avx2::serves(w)) return false;
     for (int64_t t = 0, rows; t < T; t += rows) {
         rows = T - t >= 4 ? 4 : T - t >= 2 ? 2 : 1;
         std::vector<char> prepared(kernel.prepared_bytes(w, rows));
         kernel.prepare(w, x + t * ldx, rows, ldx, prepared.data());
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
-            std::vector<float> scratch(avx2::scratch_size(w));
+            std::vector<float> scratch(scratch_size(w));
 #pragma omp for schedule(static)
-            for (int64_t n = 0; n < w.N; n += avx2::CHUNK)
-                kernel.rows(w, prepared.data(), rows, n, std::min(n + avx2::CHUNK, w.N), scratch.data(), y + t * ldy, ldy);
+            for (int64_t n = 0; n < w.N; n += CHUNK)
+                kernel.rows(w, prepared.data(), rows, n, std::min(n + CHUNK, w.N), scratch.data(), y + t * ldy, ldy);
         }
     }
     return true;
@@ -71,11 +44,11 @@ bool gemv_avx2(const LrecUniform& w, const avx2::Gemv& kernel, const float* x, i
 void row_grid(const LrecUniform& w, int64_t n, float* scale, float* zero) {
     const int64_t G = num_groups(w);
     const int64_t zero_words = ceil_div(w.N, 32) * w.bits;
-    for (int64_t g = 0; g < G; g++) scale[g] = stored_float(w.scale, w.scale_kind, n * G + g);
+    for (int64_t g = 0; g < G; g++) scale[g] = stored_float(w.scale, n * G + g);
     for (int64_t g = 0; g < G; g++) {
-        if (w.zero_kind == LREC_NONE) zero[g] = float(1 << (w.bits - 1));
-        else if (w.zero_kind == LREC_CODES) zero[g] = float(code_at(static_cast<const uint32_t*>(w.zero) + g * zero_words, n, w.bits));
-        else zero[g] = stored_float(w.zero, w.zero_kind, n * G + g);
+        if (w.zero.kind == LREC_NONE) zero[g] = float(1 << (w.bits - 1));
+        else if (w.zero.kind == LREC_CODES) zero[g] = float(code_at(static_cast<const uint32_t*>(w.zero.data) + g * zero_words, n, int(w.bits)));
+        else zero[g] = stored_float(w.zero, n * G + g);
     }
 }
 
@@ -84,7 +57,7 @@ void decode_columns(const LrecUniform& w, int64_t n, const float* scale, const f
     for (int64_t k = first; k < last;) {
         const int64_t g = k / w.group_size;
         const int64_t end = std::min(last, (g + 1) * w.group_size);
-        for (; k < end; k++) out[k - first] = (float(code_at(codes, k, w.bits)) - zero[g]) * scale[g];
+        for (; k < end; k++) out[k - first] = (float(code_at(codes, k, int(w.bits))) - zero[g]) * scale[g];
     }
 }
 
@@ -110,10 +83,6 @@ float int8_step(const float* x, int64_t size) {
 
 using namespace lrec;
 
-extern "C" int32_t lrec_abi(void) { return LREC_ABI; }
-
-extern "C" const char* lrec_cpu_path(void) { return use_avx2() ? "avx2" : "portable"; }
-
 extern "C" void lrec_uniform_decode(const LrecUniform* w, int64_t first, int64_t last, float* out, int32_t threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -125,7 +94,7 @@ extern "C" void lrec_uniform_decode(const LrecUniform* w, int64_t first, int64_t
 
 extern "C" void lrec_uniform_gemv(const LrecUniform* w, const float* x, int64_t T, int64_t ldx, float* y, int64_t ldy, int32_t threads) {
 #ifdef LREC_X86
-    if (gemv_avx2(*w, avx2::exact(w->bits), x, T, ldx, y, ldy, threads)) return;
+    if (gemv_vectors(*w, cpu() == Cpu::AVX512 ? avx512::exact(int(w->bits)) : avx2::exact(int(w->bits)), x, T, ldx, y, ldy, threads)) return;
 #endif
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -140,10 +109,10 @@ extern "C" void lrec_uniform_gemv(const LrecUniform* w, const float* x, int64_t 
 
 extern "C" void lrec_uniform_gemv_int8(const LrecUniform* w, const float* x, int64_t T, int64_t ldx, float* y, int64_t ldy, int32_t threads) {
 #ifdef LREC_X86
-    if (gemv_avx2(*w, avx2::int8(w->bits), x, T, ldx, y, ldy, threads)) return;
+    if (gemv_vectors(*w, use_vnni() ? avx512::int8(int(w->bits)) : avx2::int8(int(w->bits)), x, T, ldx, y, ldy, threads)) return;
 #endif
     std::vector<float> rounded(T * w->K);
-    const int64_t block = int8_block(w->bits);
+    const int64_t block = int8_block(int(w->bits));
     for (int64_t t = 0; t < T; t++)
         for (int64_t k = 0; k < w->K; k += block) {
             const int64_t size = std::min(block, w->K - k);

@@ -1,28 +1,12 @@
 // Between the portable and the AVX2 half of the uniform kernels.
 #pragma once
-#include <cstdint>
-
-#include "lrec_native.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define LREC_X86 1
-#endif
+#include "numbers.h"
 
 namespace lrec {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t num_groups(const LrecUniform& w) { return ceil_div(w.K, w.group_size); }
 inline int64_t row_words(const LrecUniform& w) { return ceil_div(w.K, 32) * w.bits; }
 inline const uint32_t* row_codes(const LrecUniform& w, int64_t n) { return w.qweight + n * row_words(w); }
-
-// Code k of a little-endian bit stream of `bits` bits each.
-inline uint32_t code_at(const uint32_t* words, int64_t k, int bits) {
-    const int64_t bit = k * bits;
-    const int shift = bit & 31;
-    uint64_t pair = words[bit >> 5];
-    if (shift + bits > 32) pair |= uint64_t(words[(bit >> 5) + 1]) << 32;
-    return uint32_t(pair >> shift) & ((1u << bits) - 1);
-}
 
 // Scales and zeros of row n as floats: G of each.
 void row_grid(const LrecUniform& w, int64_t n, float* scale, float* zero);
@@ -39,14 +23,6 @@ float int8_step(const float* x, int64_t size);
 inline float int8_inverse(float step) { return step > 0 ? 1.0f / step : 0.0f; }
 
 #ifdef LREC_X86
-namespace avx2 {
-
-// Whether the vector code serves this group size; callers take the portable functions if not.
-bool serves(const LrecUniform& w);
-
-// Row n by the definition, all K columns.
-void decode_row(const LrecUniform& w, int64_t n, const float* scale, const float* zero, float* out);
-
 // A product with T = 1, 2 or 4 rows of x: lay x out in `prepared` once, then take rows first <= n < last of W against it,
 // CHUNK of them at a time, `first` a multiple of that: so many zeros packed along N fill whole words.
 constexpr int64_t CHUNK = 32;
@@ -55,14 +31,28 @@ struct Gemv {
     void (*prepare)(const LrecUniform& w, const float* x, int64_t T, int64_t ldx, char* prepared);
     void (*rows)(const LrecUniform& w, char* prepared, int64_t T, int64_t first, int64_t last, float* scratch, float* y, int64_t ldy);
 };
+
+// Floats from one row's scales to the next in a scratch of `scratch_size` floats, which every thread needs for `rows`.
+inline int64_t grid_stride(const LrecUniform& w) { return num_groups(w) + 16; }
+inline int64_t scratch_size(const LrecUniform& w) { return 2 * CHUNK * grid_stride(w); }
+
+namespace avx2 {
+
+// Whether the vector code serves this group size; callers take the portable functions if not.
+bool serves(const LrecUniform& w);
+
+// Row n by the definition, all K columns.
+void decode_row(const LrecUniform& w, int64_t n, const float* scale, const float* zero, float* out);
+
 Gemv exact(int bits);
 Gemv int8(int bits);  // 2 and 4 bits
 
-// Floats from one row's scales to the next in a scratch of `scratch_size` floats, which every thread needs for `rows`.
-inline int64_t grid_stride(const LrecUniform& w) { return num_groups(w) + 8; }
-inline int64_t scratch_size(const LrecUniform& w) { return 2 * CHUNK * grid_stride(w); }
-
 }  // namespace avx2
+
+namespace avx512 {
+Gemv exact(int bits);
+Gemv int8(int bits);  // needs VNNI
+}  // namespace avx512
 #endif
 
 }  // namespace lrec

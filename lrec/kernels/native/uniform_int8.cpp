@@ -3,13 +3,17 @@
 // Field s of every byte is cut out by a shift and an AND and multiplied by the signed bytes of x laid out to match
 // (vpmaddubsw). Sums of at most 8 products of 3 * 127, or 4 of 15 * 127, stay below 2^15, so nothing saturates before
 // they are widened. Each block of x, the columns of one load, has a step of its own: x ~ step * round(x / step).
-#include "gemv.h"
+#include "avx2.h"
 
 #ifdef LREC_X86
 LREC_AVX2_BEGIN
 namespace lrec {
 namespace avx2 {
 namespace {
+
+#include "vector_avx2.h"
+
+#include "gemv.h"
 
 template <int BITS_>
 struct Int8 {
@@ -54,11 +58,11 @@ struct Int8 {
     }
 
     template <int R, int T>
-    static inline __attribute__((always_inline)) void block_sums(const uint32_t* codes, int64_t words, const char* x, __m256 sums[R][T]) {
+    static inline __attribute__((always_inline)) void block_sums(const uint32_t* codes, int64_t words, const char* x, Vector sums[R][T]) {
         const __m256i mask = _mm256_set1_epi8((1 << BITS) - 1), one = _mm256_set1_epi16(1);
         __m256i sum[R][T];
         for (int r = 0; r < R; r++) {
-            const __m256i code = load_block<BITS>(codes + r * words);
+            const __m256i code = load_block<BITS>(codes + r * words).v;
 #pragma GCC unroll 4
             for (int s = 0; s < FIELDS; s++) {
                 const __m256i field = _mm256_and_si256(s == 0 ? code : _mm256_srli_epi16(code, BITS * s), mask);
@@ -70,7 +74,7 @@ struct Int8 {
             }
             for (int t = 0; t < T; t++) {
                 const __m256 step = _mm256_loadu_ps(reinterpret_cast<const float*>(x + t * BYTES + L::BLOCK));
-                sums[r][t] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(sum[r][t], one)), step);
+                sums[r][t].v = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(sum[r][t], one)), step);
             }
         }
     }
