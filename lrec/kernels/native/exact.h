@@ -2,10 +2,10 @@
 //
 // One load takes 8 or 16 lanes of consecutive codes: 16 codes a lane at 2 bits, 8 at 3 and 4 bits, 4 at 8 bits. Field s
 // of all lanes is cut out by one AND, *where it stands*, and made a float by one conversion, so it arrives multiplied
-// by 2^(bits * s); x is laid out once per call in the same order (field by field) and divided by that
-// power, which is exact. A vector of weights so costs an AND, a conversion and an FMA: no shift, no table, and three
-// instructions that spread over all four vector ports of a Zen core. A lane never crosses a group, so scale and zero
-// enter once per lane and block:
+// by 2^(bits * s); x is laid out once per call in the same order (field by field) and divided by that power, which is
+// exact. A vector of weights so costs an AND, a conversion and an FMA: no shift, no table, and three instructions that
+// spread over all four vector ports of a Zen core. A lane never crosses a group, so scale and zero enter once per lane
+// and block:
 //   y += scale * (sum q x - zero * sum x).
 
 template <int BITS_>
@@ -14,10 +14,10 @@ struct Exact {
     using L = Layout<BITS>;
     static constexpr int64_t BYTES = L::BLOCK * sizeof(float);
 
-    // A LANES by PER_LANE transpose, each field divided by its power of two, and the lanes' sums.
     // Rows of W at once, so that a value of x is loaded for several and the sums still stay in registers.
     static constexpr int rows(int T) { return T <= 2 ? 4 : 2; }
 
+    // A LANES by PER_LANE transpose, each field divided by its power of two, and the lanes' sums.
     static inline void prepare_block(const float* from, char* laid_out, float* sums) {
         float* to = reinterpret_cast<float*>(laid_out);
         constexpr int W = L::PER_LANE < 8 ? 4 : 8;  // fields transposed at once

@@ -1,4 +1,4 @@
-// Uniform weights, portable half: the definition in plain loops, and the entry points that choose AVX2 where it serves.
+// Uniform weights, portable half: the definition in plain loops, and the entry points that choose vector code where it serves.
 #include "uniform.h"
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Between the portable and the AVX2 half of the uniform kernels.
+// Between the portable and the vector half of the uniform kernels.
 #pragma once
 #include "numbers.h"
 
