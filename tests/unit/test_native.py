@@ -11,7 +11,7 @@ import torch
 
 from lrec import kernels
 from lrec.formats.uniform import Uniform
-from lrec.kernels import Call, native
+from lrec.kernels import Call, native, uniform_cpu
 from lrec.nn import PackedLinear
 from lrec.quantizers.rtn import RTN
 from tests.checks import assert_close
@@ -124,14 +124,14 @@ def test_every_function_is_clean_under_sanitizers(tmp_path):
 def test_8_bit_scales_are_decoded_once_a_weight_and_again_when_it_changes():
     first, second = (RTN(scale_bits=8, zero_point="float")(torch.randn(41, 401) * size) for size in (1, 3))
     layer, x = PackedLinear(first), torch.randn(2, 401)
-    before = len(native._WIDE)
+    before = len(uniform_cpu._WIDE)
     assert_close(layer(x), x @ first.unpack().t(), 1e-6)
-    made = native._WIDE[layer.scale]
+    made = uniform_cpu._WIDE[layer.scale]
     layer(x)
-    assert native._WIDE[layer.scale] is made and len(native._WIDE) == before + 1
+    assert uniform_cpu._WIDE[layer.scale] is made and len(uniform_cpu._WIDE) == before + 1
     layer.load_state_dict(second.tensors())
     assert_close(layer(x), x @ second.unpack().t(), 1e-6)
     with torch.inference_mode():
         assert_close(PackedLinear(first)(x), x @ first.unpack().t(), 1e-6)
     del layer, first, second
-    assert len(native._WIDE) == before, "gone with the weight"
+    assert len(uniform_cpu._WIDE) == before, "gone with the weight"
