@@ -1,0 +1,38 @@
+"""Triton kernels for GPUs; on a CPU, Triton's interpreter (`TRITON_INTERPRET=1`) runs the same code to prove it right.
+
+Only the modules that hold kernels import triton, and they are imported when a kernel has not refused.
+"""
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+
+from lrec.kernels import Call
+
+
+def missing(call: Call) -> str | None:
+    """Why no Triton kernel can run a call, in words, or None."""
+    if not _installed():
+        return "triton is not installed: pip install 'lrec[gpu]'"
+    if call.device == "cpu" and not interpreted():
+        return "it runs on a GPU, not on the CPU"
+    if call.device not in ("cpu", "cuda"):
+        return f"it runs on a GPU that torch calls cuda, not on {call.device}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU, as it decides when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def nvidia() -> bool:
+    """Whether kernels may hold PTX: compiled, and for an NVIDIA card."""
+    return not interpreted() and torch.version.hip is None
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

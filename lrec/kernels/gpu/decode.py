@@ -1,0 +1,251 @@
+"""Triton kernels that decode a rectangle of a packed weight: packed codes in, bfloat16, half or float32 out.
+
+A program decodes one tile. Each kernel is the equation of its format's docstring, computed in float32 with the
+operations of `unpack` in their order, so that decoded values are equal bit for bit. Triton's interpreter runs them too.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lrec.formats import Packed, unpack_codes
+from lrec.formats.binary import Binary
+from lrec.formats.codebook import Codebook
+from lrec.formats.salient import SALIENT_BITS, Salient
+from lrec.formats.ternary import TRITS, Ternary
+from lrec.formats.uniform import Uniform, groups
+
+TILE_N, TILE_K = 32, 128
+ONE_GROUP = 2**30
+
+
+@triton.jit
+def code_at(row, k, inside, BITS: tl.constexpr):
+    """Code k, as uint32, of the packed codes that begin at `row`, in the order of `pack_codes`."""
+    bit = (k % 32) * BITS
+    word = row + (k // 32) * BITS + bit // 32
+    shift = (bit % 32).to(tl.uint32)
+    code = tl.load(word, inside, 0).to(tl.uint32, bitcast=True) >> shift
+    if 32 % BITS != 0:
+        crosses = shift + BITS > 32
+        high = tl.load(word + 1, inside & crosses, 0).to(tl.uint32, bitcast=True)
+        code = tl.where(crosses, code | (high << (32 - shift)), code)
+    return code & ((1 << BITS) - 1)
+
+
+@triton.jit
+def codes_of(row, box, inside, BITS: tl.constexpr, BK: tl.constexpr):
+    """Codes (BN, BK), as uint32, of this tile's columns in packed rows that begin at `row`; each word is loaded once.
+
+    Three-bit codes cross words, so they are taken from the first or the last 64 bits of their run of 96.
+    """
+    k_first = box[2] + tl.program_id(1) * BK
+    if BITS == 3:
+        run = k_first // 32 + tl.arange(0, BK // 32)[None, :]
+        fits = inside & (run * 32 < box[3])
+        w0 = tl.load(row + run * 3, fits, 0).to(tl.uint32, bitcast=True).to(tl.uint64)
+        w1 = tl.load(row + run * 3 + 1, fits, 0).to(tl.uint32, bitcast=True).to(tl.uint64)
+        w2 = tl.load(row + run * 3 + 2, fits, 0).to(tl.uint32, bitcast=True).to(tl.uint64)
+        first, last = w0 | (w1 << 32), w1 | (w2 << 32)
+        i = tl.arange(0, 32)[None, None, :]
+        shift = tl.where(i < 21, 3 * i, 3 * i - 32).to(tl.uint64)
+        codes = (tl.where(i < 21, first[:, :, None], last[:, :, None]) >> shift).to(tl.uint32)
+    else:
+        PER: tl.constexpr = 32 // BITS
+        word = k_first // PER + tl.arange(0, BK // PER)[None, :]
+        words = tl.load(row + word, inside & (word * PER < box[3]), 0).to(tl.uint32, bitcast=True)
+        codes = words[:, :, None] >> (tl.arange(0, PER) * BITS).to(tl.uint32)[None, None, :]
+    return tl.reshape(codes & ((1 << BITS) - 1), (codes.shape[0], BK))
+
+
+@triton.jit
+def zero_at(zero, n, g, G, words, inside, BITS: tl.constexpr, KIND: tl.constexpr):
+    """The zero of row n and group g in float32; KIND says how zeros are stored: none, codes or float."""
+    if KIND == "codes":
+        return code_at(zero + g * words, n, inside, BITS).to(tl.float32)
+    elif KIND == "float":
+        return tl.load(zero + n * G + g, inside, 0).to(tl.float32)
+    else:
+        return 2.0 ** (BITS - 1)
+
+
+@triton.jit
+def tile(box, BN: tl.constexpr, BK: tl.constexpr):
+    """Row and column numbers of this program's tile of a box (first row, last row, first column, last column)."""
+    n = box[0] + tl.program_id(0) * BN + tl.arange(0, BN)[:, None]
+    k = box[2] + tl.program_id(1) * BK + tl.arange(0, BK)[None, :]
+    return n, k, (n < box[1]) & (k < box[3])
+
+
+@triton.jit
+def group_of(k, box, GROUP: tl.constexpr, BK: tl.constexpr):
+    """The groups of columns k: one number where the whole tile lies in a group."""
+    if GROUP % BK == 0:
+        return (box[2] + tl.program_id(1) * BK) // GROUP
+    else:
+        return k // GROUP
+
+
+@triton.jit
+def put(out, w, n, k, inside, box):
+    """Stores a tile in the rectangle's own rows."""
+    tl.store(out + (n - box[0]) * (box[3] - box[2]) + (k - box[2]), w.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def uniform_tile(
+    out, qweight, scale, zero, box, words, G, zero_words,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """w = scale * (code - zero)."""
+    n, k, inside = tile(box, BN, BK)
+    g = group_of(k, box, GROUP, BK)
+    grouped = (n < box[1]) & (g < G)
+    zeros = zero_at(zero, n, g, G, zero_words, grouped, BITS, ZERO)
+    scales = tl.load(scale + n * G + g, grouped, 0).to(tl.float32)
+    codes = codes_of(qweight + n * words, box, n < box[1], BITS, BK).to(tl.float32)
+    put(out, (codes - zeros) * scales, n, k, inside, box)
+
+
+@triton.jit
+def codebook_tile(
+    out, qweight, table, scale, box, words, G, K, block_size,
+    BITS: tl.constexpr, GROUP: tl.constexpr, TABLES: tl.constexpr, SCALED: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """w = scale * table[code]; there is one table, or one a row or a group: TABLES."""
+    n, k, inside = tile(box, BN, BK)
+    level = codes_of(qweight + n * words, box, n < box[1], BITS, BK).to(tl.int32)
+    if TABLES == "row":
+        level += n << BITS
+    if TABLES == "group":
+        level += (n * G + group_of(k, box, GROUP, BK)) << BITS
+    w = tl.load(table + level, inside, 0).to(tl.float32)
+    if SCALED:
+        w *= tl.load(scale + (n.to(tl.int64) * K + k) // block_size, inside, 0)
+    put(out, w, n, k, inside, box)
+
+
+@triton.jit
+def binary_tile(
+    out, qweight, alpha, offset, box, words, G,
+    PLANES: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """w = offset + sum over planes of +-alpha."""
+    n, k, inside = tile(box, BN, BK)
+    g = group_of(k, box, GROUP, BK)
+    grouped = (n < box[1]) & (g < G)
+    w = tl.load(offset + n * G + g, grouped, 0).to(tl.float32) + tl.zeros((BN, BK), tl.float32)
+    for p in tl.static_range(PLANES):
+        bits = codes_of(qweight + (n * PLANES + p) * words, box, n < box[1], 1, BK).to(tl.float32)
+        w += tl.load(alpha + (n * G + g) * PLANES + p, grouped, 0).to(tl.float32) * (bits * 2 - 1)
+    put(out, w, n, k, inside, box)
+
+
+@triton.jit
+def ternary_tile(
+    out, qweight, scale, box, row_bytes, G,
+    TRITS: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """w = scale * t."""
+    n, k, inside = tile(box, BN, BK)
+    g = group_of(k, box, GROUP, BK)
+    digits = tl.load(qweight + n * row_bytes + k // TRITS, inside, 0).to(tl.int32)
+    for j in tl.static_range(1, TRITS):
+        digits = tl.where(k % TRITS >= j, digits // 3, digits)
+    scales = tl.load(scale + n * G + g, (n < box[1]) & (g < G), 0).to(tl.float32)
+    put(out, (digits % 3 - 1).to(tl.float32) * scales, n, k, inside, box)
+
+
+@triton.jit
+def salient_tile(
+    out, qweight, salient, mask, place, salient_scale, salient_zero, scale, offset, column, box, words, salient_words,
+    BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Columns that `mask` marks in BITS bits, the others by signs; `place` numbers the columns of each kind."""
+    n, k, inside = tile(box, BN, BK)
+    rows = n < box[1]
+    marked = tl.load(mask + k, k < box[3], 0) != 0
+    i = tl.load(place + k, k < box[3], 0)
+    codes = code_at(salient + n * salient_words, i, inside & marked, BITS).to(tl.float32)
+    zeros = code_at(salient_zero, n, rows, BITS).to(tl.float32)
+    signs = code_at(qweight + n * words, i, inside & (marked == 0), 1).to(tl.float32) * 2 - 1
+    columns = tl.load(column + i, (k < box[3]) & (marked == 0), 0).to(tl.float32)
+    fine = (codes - zeros) * tl.load(salient_scale + n, rows, 0).to(tl.float32)
+    coarse = tl.load(scale + n, rows, 0).to(tl.float32) * signs + tl.load(offset + n, rows, 0).to(tl.float32)
+    put(out, tl.where(marked, fine, columns * coarse), n, k, inside, box)
+
+
+def decode(packed: Packed, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> None:
+    """Writes w[rows, columns] to `out`, contiguous and of that shape, in its dtype; columns start at multiples of 128.
+
+    Raises KeyError for a format that has no kernel here: see `DECODERS`.
+    """
+    kernel, tensors, numbers, constants = DECODERS[type(packed).name()](packed)
+    # A tile inside one group loads one scale a row; groups of 64 are worth narrower tiles for it.
+    step_k = TILE_K // 2 if constants.get("GROUP", TILE_K) % TILE_K == TILE_K // 2 else TILE_K
+    grid = (-(-(rows[1] - rows[0]) // TILE_N), -(-(columns[1] - columns[0]) // step_k))
+    kernel[grid](out, *tensors, (*rows, *columns), *numbers, **constants, BN=TILE_N, BK=step_k)
+
+
+def zero_kind(packed: Uniform) -> str:
+    """How the zeros of a uniform weight are stored, in the words of `zero_at`."""
+    if packed.zero is None:
+        return "none"
+    return "float" if packed.zero.is_floating_point() else "codes"
+
+
+def _group(group_size: int, G: int) -> int:
+    return group_size if G > 1 else ONE_GROUP
+
+
+def _uniform(packed: Uniform):
+    zero = packed.scale if packed.zero is None else packed.zero
+    G = packed.scale.shape[1]
+    constants = {"BITS": packed.bits, "GROUP": _group(packed.group_size, G), "ZERO": zero_kind(packed)}
+    tensors = (packed.qweight, packed.scale, zero)
+    return uniform_tile, tensors, (packed.qweight.shape[1], G, zero.shape[1]), constants
+
+
+def _codebook(packed: Codebook):
+    K, G = packed.shape[1], groups(packed.shape[1], packed.group_size)
+    scale = packed.table if packed.scale is None else packed.block_scales()
+    constants = {
+        "BITS": packed.bits,
+        "GROUP": _group(packed.group_size, G),
+        "TABLES": ("one", "row", "group")[packed.table.dim() - 1],
+        "SCALED": packed.scale is not None,
+    }
+    numbers = (packed.qweight.shape[1], G, K, packed.block_size)
+    return codebook_tile, (packed.qweight, packed.table, scale), numbers, constants
+
+
+def _binary(packed: Binary):
+    P, words = packed.qweight.shape[1:]
+    G = packed.offset.shape[1]
+    constants = {"PLANES": P, "GROUP": _group(packed.group_size, G)}
+    return binary_tile, (packed.qweight, packed.alpha, packed.offset), (words, G), constants
+
+
+def _ternary(packed: Ternary):
+    G = packed.scale.shape[1]
+    constants = {"TRITS": TRITS, "GROUP": _group(packed.group_size, G)}
+    return ternary_tile, (packed.qweight, packed.scale), (packed.qweight.shape[1], G), constants
+
+
+def _salient(packed: Salient):
+    mask = unpack_codes(packed.mask, 1, packed.shape[1])
+    place = mask.cumsum(0).where(mask.bool(), (1 - mask).cumsum(0)).int() - 1
+    factors = (packed.salient_scale, packed.salient_zero, packed.scale, packed.offset, packed.column)
+    numbers = (packed.qweight.shape[1], packed.salient.shape[1])
+    return salient_tile, (packed.qweight, packed.salient, mask, place, *factors), numbers, {"BITS": SALIENT_BITS}
+
+
+# Format name -> (kernel, its tensors, its numbers, its constants).
+DECODERS = {
+    "uniform": _uniform,
+    "codebook": _codebook,
+    "binary": _binary,
+    "ternary": _ternary,
+    "salient": _salient,
+}

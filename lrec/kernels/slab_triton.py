@@ -1,0 +1,51 @@
+"""Decode a slab of the weight in Triton, multiply it by cuBLAS, go on: what training does, forward and backward.
+
+Decoding costs a fixed time per matrix, which the rows of x share. A slab holds at most `SLAB_BYTES`, so that the product
+reads it from the last-level cache. Slabs are cut along the columns of the result, so each of these is one product and
+nothing is added up outside of it.
+"""
+
+import torch
+from torch import Tensor
+
+from lrec.formats import Packed
+from lrec.kernels import Call, Kernel, gpu
+
+SLAB_BYTES = 2**25
+STEP = 128  # where slabs of columns may begin, as `decode` asks
+FORMATS = ("uniform", "codebook", "binary", "ternary", "salient")
+
+
+class SlabTriton(Kernel):
+    """x W^T or x W by slabs in x's dtype; the decoded values are those of `unpack`, rounded once to that dtype."""
+
+    priority = 200
+
+    @classmethod
+    def refuses(cls, call: Call, spec: dict) -> str | None:
+        """No Triton or no GPU, a format without a decoder, x in float64."""
+        if spec["format"] not in FORMATS:
+            return f"it decodes {', '.join(FORMATS)} weights, not {spec['format']}"
+        if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"it decodes in float32, which {call.dtype} does not allow"
+        return gpu.missing(call)
+
+    @classmethod
+    def matmul(cls, x_TK: Tensor, packed: Packed, transpose: bool) -> Tensor:
+        """See `Kernel.matmul`."""
+        from lrec.kernels.gpu.decode import decode
+
+        (N, K), T = packed.shape, x_TK.shape[0]
+        width, inner = (K, N) if transpose else (N, K)
+        y = x_TK.new_empty(T, width)
+        if T == 0:
+            return y
+        step = max(1, SLAB_BYTES // (inner * x_TK.element_size() * STEP)) * STEP
+        slab = x_TK.new_empty(min(step, width) * inner)
+        for start in range(0, width, step):
+            stop = min(start + step, width)
+            rows, columns = ((0, N), (start, stop)) if transpose else ((start, stop), (0, K))
+            w = slab[: (stop - start) * inner].view(rows[1] - rows[0], columns[1] - columns[0])
+            decode(packed, rows, columns, w)
+            torch.mm(x_TK, w if transpose else w.t(), out=y[:, start:stop])
+        return y
