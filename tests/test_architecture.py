@@ -60,7 +60,9 @@ def test_a_file_keeps_the_rules(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno <= longest, f"{path}:{node.lineno} {node.name} is too long"
-            assert len(node.args.args) + len(node.args.kwonlyargs) <= 8, f"{path}:{node.lineno} {node.name}"
+            # What runs on a GPU takes its pointers and numbers one by one.
+            if "triton.jit" not in map(ast.unparse, node.decorator_list):
+                assert len(node.args.args) + len(node.args.kwonlyargs) <= 8, f"{path}:{node.lineno} {node.name}"
         if isinstance(node, ast.ExceptHandler):
             names = [node.type] if not isinstance(node.type, ast.Tuple) else node.type.elts
             broad = {getattr(name, "id", None) for name in names} & {None, "Exception", "BaseException"}

@@ -1,8 +1,8 @@
 """Decode a slab of the weight in Triton, multiply it by cuBLAS, go on: what training does, forward and backward.
 
-Decoding costs a fixed time per matrix, which the rows of x share. A slab holds at most `SLAB_BYTES`, so that the product
-reads it from the last-level cache. Slabs are cut along the columns of the result, so each of these is one product and
-nothing is added up outside of it.
+Decoding costs a fixed time per matrix, which the rows of x share. A slab holds at most `SLAB_BYTES`, so that the
+product reads it from the last-level cache. Slabs are cut along the columns of the result, so each of these is one
+product and nothing is added up outside of it.
 """
 
 import torch

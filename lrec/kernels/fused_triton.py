@@ -1,0 +1,44 @@
+"""Few rows of x by packed weights in one Triton kernel: decoding a model, where reading the weights is all the time.
+
+Weights of 2, 3, 4 and 8 bits and sums of signs are multiplied as they lie on disk; see `gpu.fields` and `gpu.fused`.
+More rows than the crossover that was measured on the device, and gradients, go to slabs.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from lrec.formats import Packed
+from lrec.kernels import Call, Kernel, gpu
+from lrec.kernels.gpu import tiling, tuning
+
+
+class FusedTriton(Kernel):
+    """x W^T with float32 accumulators; codes and x enter tensor cores exactly, scales and zeros by group."""
+
+    priority = 210
+
+    @classmethod
+    def refuses(cls, call: Call, spec: dict) -> str | None:
+        """No Triton or no GPU, other formats, groups that do not fit tiles, float32, gradients, many rows."""
+        if reason := tiling.refuses(spec) or gpu.missing(call):
+            return reason
+        if call.dtype not in (torch.float16, torch.bfloat16):
+            return f"it multiplies in half precision, which {call.dtype} does not allow"
+        if call.transpose:
+            return "gradients go by slabs"
+        rows, where = tuning.crossover(spec)
+        if call.num_rows > rows and os.environ.get("LREC_KERNEL") != "fused_triton":
+            return f"beyond {rows} rows slabs serve ({where})"
+        return None
+
+    @classmethod
+    def matmul(cls, x_TK: Tensor, packed: Packed, transpose: bool) -> Tensor:
+        """See `Kernel.matmul`."""
+        from lrec.kernels.gpu.fused import product
+
+        assert not transpose, "refused"
+        if x_TK.shape[0] == 0:
+            return x_TK.new_empty(0, packed.shape[0])
+        return product(x_TK, packed, tuning.config(packed.spec(), x_TK.shape[0]))
