@@ -130,8 +130,10 @@ def test_one_row_runs_on_tensor_cores_without_spills(monkeypatch, tmp_path, name
     assert counted <= LIMITS[name]
 
 
-@pytest.mark.parametrize("num_rows", [8, 16, 64])
-@pytest.mark.parametrize("name", ["2bit-float", "4bit-float"])
+@pytest.mark.parametrize(
+    ("name", "num_rows"),
+    [("2bit-float", 8), ("2bit-float", 16), ("3bit-float", 16), ("4bit-float", 64), ("binary", 16)],
+)
 def test_more_rows_do_not_spill(monkeypatch, tmp_path, name, num_rows):
     kernels, _ = launched(monkeypatch, name, num_rows)
     listing, stack = sass(compiled(kernels["multiply"], 90).asm["cubin"], tmp_path / "cubin")

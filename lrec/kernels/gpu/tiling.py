@@ -12,7 +12,7 @@ FIELDS = {1: 16, 2: 8, 3: 32, 4: 4, 8: 2}
 MIN_KP = 16  # the inner size of a tensor core's product
 MAX_GT = 16
 # Columns of the product at once, by bits a code; with more, registers spill.
-MAX_COLUMNS = {1: 64, 2: 64, 3: 16, 4: 64, 8: 64}
+MAX_COLUMNS = {1: 16, 2: 64, 3: 16, 4: 64, 8: 64}
 MAX_SPLITS = 16
 PROGRAMS = 528  # four on each of 132 multiprocessors
 
@@ -91,8 +91,8 @@ def default(spec: dict, num_rows: int) -> Config:
     # The longest tile whose groups and rows fit the eight columns that cost as much as one.
     free = [KP for KP in kps if KP <= 32 and FIELDS[bits] * KP <= 256 and _columns(spec, KP, rows) <= 8]
     KP = free[-1] if free else kps[0]
-    warps = 2 if min(_columns(spec, KP, rows), MAX_COLUMNS[bits]) <= 16 else 4
-    config = Config(64, KP, warps, 3, 1)
+    few = MAX_COLUMNS[bits] == 16 or _columns(spec, KP, rows) <= 8
+    config = Config(64, KP, 2, 3, 1) if few else Config(128, KP, 4, 3, 1)
     tiling = Tiling.of(spec, num_rows, config)
     programs = -(-spec["shape"][0] // config.BN) * -(-num_rows // tiling.BM)
     return replace(config, splits=max(1, min(tiling.tiles, MAX_SPLITS, -(-PROGRAMS // programs))))

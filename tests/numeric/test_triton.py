@@ -1,0 +1,161 @@
+"""The Triton kernels under Triton's interpreter: the numeric suite, and what is theirs alone.
+
+Triton decides when it is imported whether it interprets, so this file runs itself and the suite in a process of its
+own.
+"""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrec import kernels
+from lrec.kernels import Call, gpu, slab_triton
+from lrec.kernels.fused_triton import FusedTriton
+from lrec.kernels.gpu import tiling, tuning
+from lrec.kernels.gpu.tiling import Config
+from lrec.kernels.slab_triton import SlabTriton
+from tests.checks import TOLERANCE, assert_close
+from tests.numeric.test_kernels import EXAMPLES, INTERPRETED, binary, example, uniform
+
+ROOT = Path(__file__).parents[2]
+# Of the suite's cases; an interpreted product takes a tenth of a second.
+CASES = (
+    "2bit-g128-41x401 or 2bit-g64-37x1271 or 2bit-g100 or 3bit-g128-41x401 or 3bit-g0-3x17 or 4bit-g16-41x401 or "
+    "8bit-g0-3x17 or 2bit-weight-blocks or groups or 2planes or odd"
+)
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_interpreter, in a process of its own")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_under_the_interpreter():
+    pytest.importorskip("triton", reason="triton is not installed: no kernel to interpret")
+    files = ["tests/numeric/test_triton.py", "tests/numeric/test_kernels.py"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", f"test_triton or (triton and ({CASES}))", *files],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert "fused_triton" not in result.stdout and int(result.stdout.split(" passed")[0].split()[-1]) > 80
+
+
+@interpreted
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("case", ["2bit-g64-37x1271-zero-codes", "3bit-g48-64x576-zero-codes"])
+def test_many_slabs_equal_one(monkeypatch, case, transpose):
+    packed = example("uniform", case)
+    x = torch.randn(3, packed.shape[0 if transpose else 1])
+    whole = SlabTriton.matmul(x, packed, transpose)
+    monkeypatch.setattr(slab_triton, "SLAB_BYTES", 1)
+    monkeypatch.setattr(slab_triton, "STEP", 128 if transpose else 16)
+    assert_close(SlabTriton.matmul(x, packed, transpose), whole, 1e-6)
+    assert_close(whole.double(), x.double() @ (packed.unpack() if transpose else packed.unpack().t()).double(), 1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("config", "num_rows"),
+    [(Config(16, 16, 2, 3, 3), 3), (Config(32, 32, 4, 2, 1), 20), (Config(64, 64, 4, 2, 16), 9)],
+)
+def test_every_tiling_gives_the_product(config, num_rows):
+    from lrec.kernels.gpu.fused import product
+
+    for packed in (uniform(70, 1271, 2, 64, torch.float16), uniform(70, 1000, 4, 0, None), binary(40, 700, 2, 128)):
+        if config.KP in tiling.fitting(packed.spec()):
+            x = torch.randn(num_rows, packed.shape[1]).half()
+            y = product(x, packed, config)
+            assert_close(y, x.double() @ packed.unpack().double().t(), TOLERANCE[torch.float16], str(config))
+            assert torch.equal(y, product(x, packed, config)), "two runs differ"
+
+
+@interpreted
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_x_of_any_size_keeps_its_precision(bits):
+    from lrec.kernels.gpu.fused import product
+
+    packed = uniform(64, 1024, bits, 128, torch.float16)
+    w_NK = packed.unpack().double()
+    config = tiling.default(packed.spec(), 3)
+    for size in (1e-30, 1e-4, 1.0, 1e30):
+        x = (torch.randn(3, 1024) * size).bfloat16()
+        x[:, 7] *= 100  # an outlier, as activations have them
+        y = product(x, packed, config)
+        assert_close(y / size, x.double() @ w_NK.t() / size, TOLERANCE[torch.bfloat16], f"x of {size}")
+    x = torch.randn(3, 1024).half()
+    x[1, 5] = torch.inf
+    x[2, 6] = torch.nan
+    y = product(x, packed, config)
+    assert not y[1:].isfinite().any(), "what is not finite must stay so"
+    assert_close(y[:1], x[:1].double() @ w_NK.t(), TOLERANCE[torch.float16])
+
+
+@interpreted
+def test_fields_are_codes_at_their_bits():
+    from lrec.kernels.gpu.fields import factors, places
+
+    for bits, F in tiling.FIELDS.items():
+        assert len(places(bits)) == F
+        assert all(p + bits <= 10 for p in places(bits)), "beyond ten bits a half is no subnormal"
+        assert factors(bits, torch.device("cpu")).tolist() == [2.0**-p for p in places(bits)]
+
+
+@interpreted
+def test_rows_decide_between_fused_and_slabs(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuning._measured.cache_clear()
+    packed = uniform(64, 256, 2, 128, None)
+    spec = packed.spec()
+    name, aside = kernels.explain(Call("cpu", torch.bfloat16, 64), spec)
+    assert name == "fused_triton" and not aside
+    name, aside = kernels.explain(Call("cpu", torch.bfloat16, 65), spec)
+    assert (
+        name == "slab_triton" and "beyond 64 rows" in aside["fused_triton"] and "not measured" in aside["fused_triton"]
+    )
+    assert kernels.explain(Call("cpu", torch.bfloat16, 1, transpose=True), spec)[0] == "slab_triton"
+    best = Config(32, 16, 2, 2, 2)
+    tuning.record({tuning.shape_class(spec, 3): best}, {tuning.kind(spec): 16})
+    assert tuning.config(spec, 4) == best and tuning.config(spec, 5) == tiling.default(spec, 5)
+    name, aside = kernels.explain(Call("cpu", torch.bfloat16, 17), spec)
+    assert (
+        name == "slab_triton" and "beyond 16 rows" in aside["fused_triton"] and "measured on" in aside["fused_triton"]
+    )
+    tuning.path().write_text("{")
+    tuning._measured.cache_clear()
+    with pytest.raises(ValueError, match="is not JSON"):
+        tuning.config(spec, 1)
+    tuning._measured.cache_clear()
+
+
+@interpreted
+def test_the_op_trains_through_both(monkeypatch):
+    monkeypatch.delenv("LREC_KERNEL", raising=False)
+    kernels._choose.cache_clear()
+    packed = uniform(48, 256, 2, 64, torch.float16)
+    for T in (3, 70):
+        x = torch.randn(T, 256).bfloat16().requires_grad_()
+        upstream = torch.randn(T, 48).bfloat16()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            kernels.matmul(x, packed).backward(upstream)
+        assert_close(x.grad, upstream.double() @ packed.unpack().double(), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter serves the CPU")
+def test_without_a_gpu_both_refuse_in_words(monkeypatch):
+    packed = example("uniform", next(iter(EXAMPLES["uniform"])))
+    for kernel in (FusedTriton, SlabTriton):
+        assert "on a GPU, not on the CPU" in kernel.refuses(Call("cpu", torch.bfloat16, 1), packed.spec())
+        assert "float64" in kernel.refuses(Call("cuda", torch.float64, 1), packed.spec())
+        assert "outlier" in kernel.refuses(Call("cuda", torch.bfloat16, 1), {"format": "outlier"})
+    assert "gradients" in FusedTriton.refuses(Call("cuda", torch.bfloat16, 1, True), packed.spec())
+    odd = uniform(64, 576, 2, 48, None).spec()
+    assert "groups of 48" in FusedTriton.refuses(Call("cuda", torch.bfloat16, 1), odd)
+    monkeypatch.setattr(gpu, "_installed", lambda: False)
+    assert "pip install" in SlabTriton.refuses(Call("cuda", torch.bfloat16, 1), packed.spec())
