@@ -1,7 +1,7 @@
 # make demo    quantize, correct and measure a real 135M model, from a fresh clone
 # make test    all tests that need no GPU
 # make lint    ruff
-# make gpu     GPU tests; says so and stops where there is no NVIDIA GPU
+# make gpu     GPU tests, then speed into data/results; says so and stops where there is no NVIDIA GPU
 # make clean   removes .venv and what was built (fetched data stay in data/cache)
 #
 # An environment that is there already: make test PYTHON=python3
@@ -36,7 +36,10 @@ gpu: $(READY)
 		echo "skip: no NVIDIA GPU on this machine"; \
 	else \
 		$(PYTHON) -c "import torch; print(torch.cuda.get_device_name(), torch.ones(1).cuda().item())" && \
-		$(PYTHON) -m pytest -q -m gpu tests/gpu; \
+		$(PYTHON) -m pytest -q -m gpu tests/gpu && \
+		$(PYTHON) -m lrec bench kernels --device cuda --group_size 128 --output data/results/gpu.json && \
+		$(PYTHON) -m lrec bench step --device cuda --shape llama2-7b --tokens 4096 --num_steps 6 \
+			--output data/results/gpu.json; \
 	fi
 
 clean:

@@ -5,19 +5,18 @@ weights come from memory as they do when a model decodes. Times are medians: of 
 thread's CPU time, which others on the machine disturb less. `OMP_NUM_THREADS=1` asks for one.
 """
 
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lrec import kernels, registry
+from lrec.bench import gpu, keep
 from lrec.bench.samples import SAMPLES, sample
 from lrec.formats import Packed
 from lrec.kernels import Call, native
@@ -49,24 +48,32 @@ class Contender:
 class Kernels:
     """`lrec bench kernels`: packed products against torch fp32, torch bf16 and bitsandbytes NF4."""
 
-    device: str = setting("cpu", "where to measure: cpu")
+    device: str = setting("cpu", "where to measure: cpu, or cuda, whose kernels are tuned on the way")
     group_size: int = setting(64, "columns that share a scale")
     formats: str = setting("all", f"all, or some of these, comma-separated: {', '.join(SAMPLES)}")
     repeats: int = setting(9, f"calls of each contender per row, {MANY_ROWS_REPEATS} from {MANY_ROWS} rows on; medians")
-    quick: bool = setting(False, "only 4096 x 4096 with 1 and 256 rows of x, three calls each")
-    output: str | None = setting(None, "JSON file to write the report to")
+    quick: bool = setting(False, "only 4096 x 4096 with few and many rows of x, three calls each, nothing tuned")
+    output: str | None = setting(None, "JSON file to which the report is added")
 
     def run(self) -> dict:
         """The machine, and a row per shape, number of rows of x, direction and contender.
 
-        Raises ValueError for a device that is not the CPU and for a format that is not offered.
+        Raises ValueError for a device that is not offered or not here, and for a format that is not offered.
         """
-        if self.device != "cpu":
-            raise ValueError(f"--device {self.device} is not offered; allowed: cpu; leave --device out")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"--device {self.device} is not offered; allowed: cpu, cuda; leave --device out")
+        if self.device == "cuda":
+            if reason := gpu.unusable():
+                raise ValueError(f"--device cuda cannot be measured here: {reason}; leave --device out")
+            return keep(self.output, "kernels", gpu.run(self.group_size, 3 if self.quick else self.repeats, self.quick))
         names = list(SAMPLES) if self.formats == "all" else self.formats.split(",")
         for name in names:
             if name not in SAMPLES:
                 raise ValueError(registry.nearest(name, SAMPLES, "sample of --formats"))
+        return keep(self.output, "kernels", self.on_cpu(names))
+
+    def on_cpu(self, names: list[str]) -> dict:
+        """The report of these samples on the CPU."""
         shapes, counts = (SHAPES[:1], (1, 256)) if self.quick else (SHAPES, ROWS)
         clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
         rows, absent = [], None
@@ -76,7 +83,7 @@ class Kernels:
                 repeats = MANY_ROWS_REPEATS if self.quick or T >= MANY_ROWS else self.repeats
                 for transpose in (False, True) if T in BACKWARD_ROWS else (False,):
                     rows += measure(contenders, shape, (T, transpose), repeats, clock)
-        report = {
+        return {
             "threads": torch.get_num_threads(),
             "instructions": instructions(),
             "clock": clock.__name__,
@@ -86,9 +93,6 @@ class Kernels:
             **({"bitsandbytes": absent} if absent else {}),
             "rows": rows,
         }
-        if self.output:
-            Path(self.output).write_text(json.dumps(report, indent=1))
-        return report
 
     def contenders(self, names: list[str], shape: tuple[int, int]) -> tuple[list[Contender], str | None]:
         """All that can run here for one shape, torch fp32 first; and why bitsandbytes is absent, if it is."""

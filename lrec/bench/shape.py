@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from lrec import load, memory, offload, shapes
+from lrec.bench import keep
 from lrec.ends import keep_stored
 from lrec.head import Head
 from lrec.losses import Objective, Targets, divergence, shift_labels
@@ -37,6 +38,7 @@ class ShapeStep:
     num_steps: int = setting(2, "steps; from the second on the optimizer has its states")
     device: str = setting("auto", "auto (first GPU, else CPU), cpu, cuda")
     dtype: str = setting("auto", "auto (float32 on a CPU, else bfloat16), float32, bfloat16")
+    output: str | None = setting(None, "JSON file to which the report is added")
 
     def run(self) -> dict:
         """Peak bytes, seconds of the fastest step, and the loss of the last, which must be finite."""
@@ -56,7 +58,7 @@ class ShapeStep:
         start = time.perf_counter()
         seconds, loss = self.steps(config, device, dtype, self.tokens)
         measured = meter.report()
-        return {
+        report = {
             "shape": self.shape,
             "loss": loss,
             "step_s": round(min(seconds), 3),
@@ -64,12 +66,14 @@ class ShapeStep:
             "seconds": round(time.perf_counter() - start, 2),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            **({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
             **measured,
             "predicted_peak_bytes": predicted.peak_bytes,
             "predicted_over_measured": round(predicted.peak_bytes / measured["measured_peak_bytes"], 3),
             "fullest_at": predicted.moment,
             "parts": memory.rows(predicted.parts),
         }
+        return keep(self.output, "step", report)
 
     def setup(self, device: torch.device, dtype: torch.dtype) -> memory.Setup:
         """The same run as the memory model knows it."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from lrec.formats import Packed
 from lrec.kernels import Call, Kernel, gpu
 from lrec.kernels.gpu import tiling, tuning
+from lrec.kernels.gpu.tiling import Weight
 
 
 class FusedTriton(Kernel):
@@ -28,7 +29,7 @@ class FusedTriton(Kernel):
             return f"it multiplies in half precision, which {call.dtype} does not allow"
         if call.transpose:
             return "gradients go by slabs"
-        rows, where = tuning.crossover(spec)
+        rows, where = tuning.crossover(Weight.of_spec(spec))
         if call.num_rows > rows and os.environ.get("LREC_KERNEL") != "fused_triton":
             return f"beyond {rows} rows slabs serve ({where})"
         return None
@@ -41,4 +42,5 @@ class FusedTriton(Kernel):
         assert not transpose, "refused"
         if x_TK.shape[0] == 0:
             return x_TK.new_empty(0, packed.shape[0])
-        return product(x_TK, packed, tuning.config(packed.spec(), x_TK.shape[0]))
+        with gpu.on(x_TK.device):
+            return product(x_TK, packed, tuning.config(Weight.of(packed), x_TK.shape[0]))

@@ -46,6 +46,7 @@ class SlabTriton(Kernel):
             stop = min(start + step, width)
             rows, columns = ((0, N), (start, stop)) if transpose else ((start, stop), (0, K))
             w = slab[: (stop - start) * inner].view(rows[1] - rows[0], columns[1] - columns[0])
-            decode(packed, rows, columns, w)
+            with gpu.on(x_TK.device):
+                decode(packed, rows, columns, w)
             torch.mm(x_TK, w if transpose else w.t(), out=y[:, start:stop])
         return y

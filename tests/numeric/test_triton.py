@@ -17,7 +17,7 @@ from lrec import kernels
 from lrec.kernels import Call, gpu, slab_triton
 from lrec.kernels.fused_triton import FusedTriton
 from lrec.kernels.gpu import tiling, tuning
-from lrec.kernels.gpu.tiling import Config
+from lrec.kernels.gpu.tiling import Config, Weight
 from lrec.kernels.slab_triton import SlabTriton
 from tests.checks import TOLERANCE, assert_close
 from tests.numeric.test_kernels import EXAMPLES, INTERPRETED, binary, example, uniform
@@ -25,8 +25,9 @@ from tests.numeric.test_kernels import EXAMPLES, INTERPRETED, binary, example, u
 ROOT = Path(__file__).parents[2]
 # Of the suite's cases; an interpreted product takes a tenth of a second.
 CASES = (
-    "2bit-g128-41x401 or 2bit-g64-37x1271 or 2bit-g100 or 3bit-g128-41x401 or 3bit-g0-3x17 or 4bit-g16-41x401 or "
-    "8bit-g0-3x17 or 2bit-weight-blocks or groups or 2planes or odd"
+    "2bit-g128-41x401 or 2bit-g64-19x203 or 2bit-g100 or 3bit-g64-19x203 or 3bit-g0-3x17 or 4bit-g16-41x401 or "
+    "8bit-g0-3x17 or 2bit-weight-blocks or 3bit-rows or 1plane or odd or ternary-rows or "
+    "(identity and (groups or 2planes))"
 )
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_interpreter, in a process of its own")
 
@@ -68,7 +69,7 @@ def test_every_tiling_gives_the_product(config, num_rows):
     from lrec.kernels.gpu.fused import product
 
     for packed in (uniform(70, 1271, 2, 64, torch.float16), uniform(70, 1000, 4, 0, None), binary(40, 700, 2, 128)):
-        if config.KP in tiling.fitting(packed.spec()):
+        if config.KP in Weight.of(packed).fitting():
             x = torch.randn(num_rows, packed.shape[1]).half()
             y = product(x, packed, config)
             assert_close(y, x.double() @ packed.unpack().double().t(), TOLERANCE[torch.float16], str(config))
@@ -82,7 +83,7 @@ def test_x_of_any_size_keeps_its_precision(bits):
 
     packed = uniform(64, 1024, bits, 128, torch.float16)
     w_NK = packed.unpack().double()
-    config = tiling.default(packed.spec(), 3)
+    config = tiling.default(Weight.of(packed), 3)
     for size in (1e-30, 1e-4, 1.0, 1e30):
         x = (torch.randn(3, 1024) * size).bfloat16()
         x[:, 7] *= 100  # an outlier, as activations have them
@@ -109,9 +110,10 @@ def test_fields_are_codes_at_their_bits():
 @interpreted
 def test_rows_decide_between_fused_and_slabs(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tuning._measured.cache_clear()
+    tuning.forget()
     packed = uniform(64, 256, 2, 128, None)
-    spec = packed.spec()
+    spec, weight = packed.spec(), Weight.of(packed)
+    assert weight == Weight.of_spec(spec)
     name, aside = kernels.explain(Call("cpu", torch.bfloat16, 64), spec)
     assert name == "fused_triton" and not aside
     name, aside = kernels.explain(Call("cpu", torch.bfloat16, 65), spec)
@@ -120,17 +122,17 @@ def test_rows_decide_between_fused_and_slabs(monkeypatch, tmp_path):
     )
     assert kernels.explain(Call("cpu", torch.bfloat16, 1, transpose=True), spec)[0] == "slab_triton"
     best = Config(32, 16, 2, 2, 2)
-    tuning.record({tuning.shape_class(spec, 3): best}, {tuning.kind(spec): 16})
-    assert tuning.config(spec, 4) == best and tuning.config(spec, 5) == tiling.default(spec, 5)
+    tuning.record({tuning.shape_class(weight, 3): best}, {tuning.kind(weight): 16})
+    assert tuning.config(weight, 4) == best and tuning.config(weight, 5) == tiling.default(weight, 5)
     name, aside = kernels.explain(Call("cpu", torch.bfloat16, 17), spec)
     assert (
         name == "slab_triton" and "beyond 16 rows" in aside["fused_triton"] and "measured on" in aside["fused_triton"]
     )
     tuning.path().write_text("{")
-    tuning._measured.cache_clear()
+    tuning.forget()
     with pytest.raises(ValueError, match="is not JSON"):
-        tuning.config(spec, 1)
-    tuning._measured.cache_clear()
+        tuning.config(weight, 1)
+    tuning.forget()
 
 
 @interpreted

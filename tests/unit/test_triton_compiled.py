@@ -53,14 +53,15 @@ def compiled(recorder, capability):
     signature, constants, hints = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and special):
             signature[parameter.name], constants[i,] = "constexpr", value
         elif isinstance(value, tuple):
             signature[parameter.name] = ("i32",) * len(value)
             hints |= {(i, j): [["tt.divisibility", 16]] for j, item in enumerate(value) if item % 16 == 0}
         else:
             signature[parameter.name] = "i32" if isinstance(value, int) else TYPES[value.dtype]
-            if not isinstance(value, int) or value % 16 == 0:
+            if not isinstance(value, int) or (value % 16 == 0 and special):
                 hints[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, hints)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -107,7 +108,7 @@ def launched(monkeypatch, name, num_rows):
     for kernel, recorder in kernels.items():
         monkeypatch.setattr(fused, kernel, recorder)
     packed = weight(name)
-    config = tiling.default(packed.spec(), num_rows)
+    config = tiling.default(tiling.Weight.of(packed), num_rows)
     fused.product(torch.zeros(num_rows, packed.shape[1], dtype=torch.bfloat16), packed, config)
     return kernels, config
 
@@ -124,7 +125,7 @@ def test_one_row_runs_on_tensor_cores_without_spills(monkeypatch, tmp_path, name
     opcodes = [op for _, op, _ in listing]
     assert any(op.startswith(("HMMA", "HGMMA")) for op in opcodes), "no tensor-core instruction"
     assert stack == 0 and not any(op.startswith(("LDL", "STL")) for op in opcodes), "registers spill"
-    weights = config.BN * tiling.FIELDS[tiling.width(weight(name).spec())] * config.KP / (32 * config.num_warps)
+    weights = config.BN * tiling.Weight.of(weight(name)).fields * config.KP / (32 * config.num_warps)
     counted = len(loop(listing)) / weights
     print(f"{name}: {counted:.2f} instructions a weight for sm_90")
     assert counted <= LIMITS[name]

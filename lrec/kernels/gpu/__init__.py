@@ -3,6 +3,7 @@
 Only the modules that hold kernels import triton, and they are imported when a kernel has not refused.
 """
 
+import contextlib
 import importlib.util
 import os
 from functools import cache
@@ -31,6 +32,11 @@ def interpreted() -> bool:
 def nvidia() -> bool:
     """Whether kernels may hold PTX: compiled, and for an NVIDIA card."""
     return not interpreted() and torch.version.hip is None
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes a GPU the current one, on which Triton launches, whichever its arguments are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @cache

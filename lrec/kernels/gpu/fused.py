@@ -21,12 +21,12 @@ from lrec.formats.uniform import Uniform
 from lrec.kernels import gpu
 from lrec.kernels.gpu.decode import ONE_GROUP, zero_at, zero_kind
 from lrec.kernels.gpu.fields import PLACES3, cut, cut3, factors, field, field3
-from lrec.kernels.gpu.tiling import Config, Tiling
+from lrec.kernels.gpu.tiling import Config, Tiling, Weight
 
 PLACES3_ = tl.constexpr(PLACES3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def stage(
     x, staged, factors, group_sums, tile_scales, M, K, stride_m, stride_k,
     F: tl.constexpr, KP: tl.constexpr, GT: tl.constexpr, BM: tl.constexpr,
@@ -87,7 +87,7 @@ def products(words, xs, t, row_words, C: tl.constexpr, BITS: tl.constexpr, F: tl
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles", "per_split"])
 def multiply(
     out, staged, group_sums, tile_scales, qweight, scale, zero, M, N, row_words, G, zero_words, tiles, per_split,
     BITS: tl.constexpr, F: tl.constexpr, KP: tl.constexpr, GT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -125,12 +125,12 @@ def multiply(
     tl.store(place, y.to(out.dtype.element_ty), (m < M) & (n[:, None] < N))
 
 
-@triton.jit
-def add_up(partial, out, size, SPLITS, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["size", "splits"])
+def add_up(partial, out, size, splits, BLOCK: tl.constexpr):
     """out[i] = the sum of partial[s, i], s ascending."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for s in range(SPLITS):
+    for s in range(splits):
         total += tl.load(partial + s * size + i, i < size, 0)
     tl.store(out + i, total.to(out.dtype.element_ty), i < size)
 
@@ -138,20 +138,21 @@ def add_up(partial, out, size, SPLITS, BLOCK: tl.constexpr):
 def product(x_TK: Tensor, packed: Uniform | Binary, config: Config) -> Tensor:
     """x W^T (T, N) in x's dtype, half or bfloat16, for a weight whose groups `tiling.refuses` does not refuse."""
     (N, K), T = packed.shape, x_TK.shape[0]
-    shape = Tiling.of(packed.spec(), T, config)
+    weight = Weight.of(packed)
+    shape = Tiling.of(weight, T, config)
     x_blocks = (-(-T // shape.BM), shape.tiles, shape.GT * shape.BM)
     staged = x_TK.new_empty(*x_blocks, shape.BK, dtype=torch.float16)
     group_sums = x_TK.new_empty(x_blocks, dtype=torch.float32)
     tile_scales = x_TK.new_empty(*x_blocks[:2], shape.BM, dtype=torch.float32)
-    sizes = {"F": shape.F, "KP": config.KP, "GT": shape.GT, "BM": shape.BM}
-    held = (staged, factors(shape.bits, x_TK.device), group_sums, tile_scales)
+    sizes = {"F": weight.fields, "KP": config.KP, "GT": shape.GT, "BM": shape.BM}
+    held = (staged, factors(weight.bits, x_TK.device), group_sums, tile_scales)
     stage[(shape.tiles, x_blocks[0])](x_TK, *held, T, K, *x_TK.stride(), **sizes)
 
     y = x_TK.new_empty(T, N)
     per_split = -(-shape.tiles // config.splits)
     splits = -(-shape.tiles // per_split)
     out = y if splits == 1 else x_TK.new_empty(splits, T, N, dtype=torch.float32)
-    constants = sizes | {"BITS": shape.bits, "BN": config.BN, "EVEN": shape.even, "ASM": gpu.nvidia()}
+    constants = sizes | {"BITS": weight.bits, "BN": config.BN, "EVEN": shape.even, "ASM": gpu.nvidia()}
     arguments, more = _weight(packed)
     multiply[(-(-N // config.BN), splits, x_blocks[0])](
         out, staged, group_sums, tile_scales, *arguments[:3], T, N, shape.row_words, *arguments[3:],

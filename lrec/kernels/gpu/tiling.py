@@ -4,7 +4,9 @@ No triton here: `lrec explain` asks before any kernel is imported.
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
+from lrec.formats import Packed
 from lrec.formats.uniform import groups
 
 # Codes in a word, by bits a code: words are 16 bits long, for three-bit codes 96.
@@ -15,6 +17,49 @@ MAX_GT = 16
 MAX_COLUMNS = {1: 16, 2: 64, 3: 16, 4: 64, 8: 64}
 MAX_SPLITS = 16
 PROGRAMS = 528  # four on each of 132 multiprocessors
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What of a weight tiles depend on: `bits` a code, `planes` of codes (one, but for binary weights)."""
+
+    format: str
+    shape: tuple[int, int]
+    bits: int
+    planes: int
+    group_size: int
+
+    @classmethod
+    def of(cls, packed: Packed) -> "Weight":
+        """That of a uniform or binary weight."""
+        if hasattr(packed, "bits"):
+            return cls(packed.name(), packed.shape, packed.bits, 1, packed.group_size)
+        return cls(packed.name(), packed.shape, 1, packed.qweight.shape[1], packed.group_size)
+
+    @classmethod
+    def of_spec(cls, spec: dict) -> "Weight":
+        """The same from the spec alone."""
+        shape = tuple(spec["shape"])
+        if "bits" in spec:
+            return cls(spec["format"], shape, spec["bits"], 1, spec["group_size"])
+        return cls(spec["format"], shape, 1, spec["tensors"]["qweight"][1][1], spec["group_size"])
+
+    @property
+    def fields(self) -> int:
+        """Codes in a word."""
+        return FIELDS[self.bits]
+
+    def groups_in_tile(self, KP: int) -> int:
+        """Groups of columns in a tile of KP words: 1 if a group holds whole tiles, 0 if neither divides the other."""
+        BK, size = self.fields * KP, self.group_size
+        if groups(self.shape[1], size) == 1 or size % BK == 0:
+            return 1
+        GT = BK // size
+        return GT if BK % size == 0 and size % self.fields == 0 and GT <= MAX_GT else 0
+
+    def fitting(self) -> list[int]:
+        """The numbers of words in a tile that suit the groups, ascending."""
+        return [KP for KP in (MIN_KP, 32, 64) if self.groups_in_tile(KP)]
 
 
 @dataclass(frozen=True)
@@ -32,8 +77,6 @@ class Config:
 class Tiling:
     """Sizes that follow from a weight, the number of rows of x and a Config."""
 
-    bits: int
-    F: int
     BK: int
     GT: int
     BM: int
@@ -42,72 +85,49 @@ class Tiling:
     even: bool
 
     @classmethod
-    def of(cls, spec: dict, num_rows: int, config: Config) -> "Tiling":
+    @lru_cache(maxsize=4096)
+    def of(cls, weight: Weight, num_rows: int, config: Config) -> "Tiling":
         """BK columns a tile, in which GT groups lie; BM rows of x a block, so that GT * BM is 8 to MAX_COLUMNS."""
-        bits, F, K = width(spec), FIELDS[width(spec)], spec["shape"][1]
-        BK = F * config.KP
-        GT = groups_in_tile(spec, BK)
-        assert GT, f"{spec} was to be refused"
-        BM = max(-(-8 // GT), 1)
-        while num_rows > BM and MAX_COLUMNS[bits] >= GT * BM * 2:
+        GT = weight.groups_in_tile(config.KP)
+        assert GT, f"{weight} was to be refused"
+        BM, most = max(8 // GT, 1), MAX_COLUMNS[weight.bits] // GT
+        while num_rows > BM and most >= 2 * BM:
             BM *= 2
-        row_words = -(-K // 32) * 32 // F
+        row_words = -(-weight.shape[1] // 32) * 32 // weight.fields
         tiles = -(-row_words // config.KP)
-        return cls(bits, F, BK, GT, BM, tiles, row_words, tiles * config.KP == row_words)
-
-
-def width(spec: dict) -> int:
-    """Bits a code: those of a uniform weight, one for each plane of a binary one."""
-    return 1 if spec["format"] == "binary" else spec["bits"]
-
-
-def groups_in_tile(spec: dict, BK: int) -> int:
-    """Groups of columns in a tile of BK: 1 where a group holds whole tiles; 0 where neither divides the other."""
-    K, size = spec["shape"][1], spec["group_size"]
-    if groups(K, size) == 1 or size % BK == 0:
-        return 1
-    GT = BK // size
-    return GT if BK % size == 0 and size % FIELDS[width(spec)] == 0 and GT <= MAX_GT else 0
-
-
-def fitting(spec: dict) -> list[int]:
-    """The sizes KP that suit a weight's groups, ascending."""
-    return [KP for KP in (MIN_KP, 32, 64) if groups_in_tile(spec, FIELDS[width(spec)] * KP)]
+        return cls(weight.fields * config.KP, GT, BM, tiles, row_words, tiles * config.KP == row_words)
 
 
 def refuses(spec: dict) -> str | None:
     """Why the fused product cannot take a weight, in words, or None."""
     if spec["format"] not in ("uniform", "binary"):
         return f"it multiplies uniform and binary weights, not {spec['format']}"
-    if not fitting(spec):
-        return f"groups of {spec['group_size']} columns do not divide tiles of {FIELDS[width(spec)] * MIN_KP} columns"
+    weight = Weight.of_spec(spec)
+    if not weight.fitting():
+        return f"groups of {weight.group_size} columns do not divide tiles of {weight.fields * MIN_KP} columns"
     return None
 
 
-def default(spec: dict, num_rows: int) -> Config:
+@lru_cache(maxsize=4096)
+def default(weight: Weight, num_rows: int) -> Config:
     """A choice that has not been measured: few instructions a weight as compiled for sm_90, enough programs for it."""
-    bits, kps = width(spec), fitting(spec)
-    rows = 1 << (num_rows - 1).bit_length()
+    rows, kps = 1 << max(0, num_rows - 1).bit_length(), weight.fitting()
     # The longest tile whose groups and rows fit the eight columns that cost as much as one.
-    free = [KP for KP in kps if KP <= 32 and FIELDS[bits] * KP <= 256 and _columns(spec, KP, rows) <= 8]
-    KP = free[-1] if free else kps[0]
-    few = MAX_COLUMNS[bits] == 16 or _columns(spec, KP, rows) <= 8
-    config = Config(64, KP, 2, 3, 1) if few else Config(128, KP, 4, 3, 1)
-    tiling = Tiling.of(spec, num_rows, config)
-    programs = -(-spec["shape"][0] // config.BN) * -(-num_rows // tiling.BM)
+    free = [KP for KP in kps if KP <= 32 and weight.fields * KP <= 256 and rows * weight.groups_in_tile(KP) <= 8]
+    few = free or MAX_COLUMNS[weight.bits] == 16
+    BN, num_warps = (64, 2) if few else (128, 4)
+    config = Config(BN, free[-1] if free else kps[0], num_warps, 3, 1)
+    tiling = Tiling.of(weight, num_rows, config)
+    programs = -(-weight.shape[0] // BN) * -(-num_rows // tiling.BM)
     return replace(config, splits=max(1, min(tiling.tiles, MAX_SPLITS, -(-PROGRAMS // programs))))
 
 
-def candidates(spec: dict, num_rows: int) -> list[Config]:
+def candidates(weight: Weight, num_rows: int) -> list[Config]:
     """What tuning measures, the default first."""
-    first = default(spec, num_rows)
+    first = default(weight, num_rows)
     found = [first]
-    for KP in [KP for KP in fitting(spec) if KP <= 32 or spec["format"] == "uniform"]:
+    for KP in [KP for KP in weight.fitting() if weight.fields * KP <= 512]:
         for BN, warps in ((64, 2), (64, 4), (128, 4)):
             for splits in (max(1, first.splits // 2), first.splits, min(MAX_SPLITS, first.splits * 2)):
                 found.append(Config(BN, KP, warps, 3, splits))
     return list(dict.fromkeys(found))
-
-
-def _columns(spec: dict, KP: int, rows: int) -> int:
-    return rows * groups_in_tile(spec, FIELDS[width(spec)] * KP)

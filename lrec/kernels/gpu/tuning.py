@@ -9,14 +9,14 @@ import json
 import os
 from dataclasses import astuple
 from datetime import date
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from lrec.kernels.gpu import tiling
-from lrec.kernels.gpu.tiling import Config
+from lrec.kernels.gpu.tiling import Config, Weight
 
 DEFAULT_CROSSOVER = 64
 
@@ -32,16 +32,17 @@ def device() -> str:
     return f"{name}, triton {metadata.version('triton')}"
 
 
-def config(spec: dict, num_rows: int) -> Config:
+@lru_cache(maxsize=4096)
+def config(weight: Weight, num_rows: int) -> Config:
     """The fastest Config that was measured for this shape on this device, or else the default."""
-    found = _measured(path(), device()).get("configs", {}).get(shape_class(spec, num_rows))
-    return Config(*found) if found else tiling.default(spec, num_rows)
+    found = _measured(path(), device()).get("configs", {}).get(shape_class(weight, num_rows))
+    return Config(*found) if found else tiling.default(weight, num_rows)
 
 
-def crossover(spec: dict) -> tuple[int, str]:
+def crossover(weight: Weight) -> tuple[int, str]:
     """Up to how many rows of x the fused product serves, and where that was measured, in words."""
     measured = _measured(path(), device())
-    rows = measured.get("crossover_rows", {}).get(kind(spec))
+    rows = measured.get("crossover_rows", {}).get(kind(weight))
     if rows is None:
         return DEFAULT_CROSSOVER, "not measured on this GPU; `lrec bench kernels --device cuda` measures it"
     return rows, f"measured on {device()} on {measured['date']}"
@@ -58,19 +59,25 @@ def record(configs: dict[str, Config], crossover_rows: dict[str, int]) -> Path:
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(everything, indent=1))
     partial.replace(file)
-    _measured.cache_clear()
+    forget()
     return file
 
 
-def kind(spec: dict) -> str:
+def forget() -> None:
+    """Reads the file again when it is next asked."""
+    _measured.cache_clear()
+    config.cache_clear()
+
+
+def kind(weight: Weight) -> str:
     """A format and its width: what a crossover holds for."""
-    return f"{spec['format']} {spec['bits'] if 'bits' in spec else spec['tensors']['qweight'][1][1]}-bit"
+    return f"{weight.format} {weight.bits * weight.planes}-bit"
 
 
-def shape_class(spec: dict, num_rows: int) -> str:
+def shape_class(weight: Weight, num_rows: int) -> str:
     """What a Config holds for: format, width, group, shape, and rows up to a power of two."""
-    N, K = spec["shape"]
-    return f"{kind(spec)} g{spec['group_size']} {N}x{K} rows {1 << max(0, num_rows - 1).bit_length()}"
+    N, K = weight.shape
+    return f"{kind(weight)} g{weight.group_size} {N}x{K} rows {1 << max(0, num_rows - 1).bit_length()}"
 
 
 @cache
