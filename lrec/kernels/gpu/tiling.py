@@ -16,6 +16,7 @@ MAX_GT = 16
 # Columns of the product at once, by bits a code; with more, registers spill.
 MAX_COLUMNS = {1: 16, 2: 64, 3: 16, 4: 64, 8: 64}
 MAX_SPLITS = 16
+LARGE_N = 4096  # from here on, tiles of 128 rows are enough to go round
 PROGRAMS = 528  # four on each of 132 multiprocessors
 
 
@@ -112,10 +113,11 @@ def refuses(spec: dict) -> str | None:
 def default(weight: Weight, num_rows: int) -> Config:
     """A choice that has not been measured: few instructions a weight as compiled for sm_90, enough programs for it."""
     rows, kps = 1 << max(0, num_rows - 1).bit_length(), weight.fitting()
-    # The longest tile whose groups and rows fit the eight columns that cost as much as one.
-    free = [KP for KP in kps if KP <= 32 and weight.fields * KP <= 256 and rows * weight.groups_in_tile(KP) <= 8]
-    few = free or MAX_COLUMNS[weight.bits] == 16
-    BN, num_warps = (64, 2) if few else (128, 4)
+    # Short tiles whose groups and rows fit the eight columns that cost as much as one; the longest of these.
+    short = [KP for KP in kps if KP == kps[0] or (KP <= 32 and weight.fields * KP <= 256)]
+    free = [KP for KP in short if rows * weight.groups_in_tile(KP) <= 8]
+    num_warps = 2 if free or MAX_COLUMNS[weight.bits] == 16 else 4
+    BN = 64 if weight.shape[0] < LARGE_N or (num_warps == 2 and not free) else 128
     config = Config(BN, free[-1] if free else kps[0], num_warps, 3, 1)
     tiling = Tiling.of(weight, num_rows, config)
     programs = -(-weight.shape[0] // BN) * -(-num_rows // tiling.BM)
@@ -127,7 +129,7 @@ def candidates(weight: Weight, num_rows: int) -> list[Config]:
     first = default(weight, num_rows)
     found = [first]
     for KP in [KP for KP in weight.fitting() if weight.fields * KP <= 512]:
-        for BN, warps in ((64, 2), (64, 4), (128, 4)):
+        for BN, warps in ((64, 2), (128, 2), (64, 4), (128, 4)):
             for splits in (max(1, first.splits // 2), first.splits, min(MAX_SPLITS, first.splits * 2)):
                 found.append(Config(BN, KP, warps, 3, splits))
     return list(dict.fromkeys(found))
