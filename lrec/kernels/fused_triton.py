@@ -27,6 +27,8 @@ class FusedTriton(Kernel):
             return reason
         if call.dtype not in (torch.float16, torch.bfloat16):
             return f"it multiplies in half precision, which {call.dtype} does not allow"
+        if not gpu.nvidia():
+            return "it reads codes as subnormal halves, which only NVIDIA's tensor cores are known to take as they are"
         if call.transpose:
             return "gradients go by slabs"
         rows, where = tuning.crossover(Weight.of_spec(spec))

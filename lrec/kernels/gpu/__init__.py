@@ -30,8 +30,8 @@ def interpreted() -> bool:
 
 
 def nvidia() -> bool:
-    """Whether kernels may hold PTX: compiled, and for an NVIDIA card."""
-    return not interpreted() and torch.version.hip is None
+    """Whether the GPU is one of NVIDIA's: only those run PTX, and only those are known to multiply subnormal halves."""
+    return torch.version.hip is None
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:

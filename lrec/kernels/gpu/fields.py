@@ -9,7 +9,8 @@ q * 2^(p - 24), which tensor cores multiply exactly; x carries the factor 2^-p o
 Ten bits of mantissa leave room for several fields before the word must be shifted. Words are halves of the stored
 int32 words, and two go in one register; three-bit codes cross them, so there a word is a run of three int32 words.
 
-`cut` has two paths of equal result: inline assembly for NVIDIA cards, and plain Triton, for the interpreter and others.
+`cut` and `cut3` are inline assembly; `field` and `field3` give the same in plain Triton, for the interpreter.
+Other makers' matrix units may flush subnormal halves to zero, so the product is for NVIDIA's tensor cores alone.
 """
 
 from functools import lru_cache

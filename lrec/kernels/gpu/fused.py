@@ -60,13 +60,14 @@ def products(words, xs, t, row_words, C: tl.constexpr, BITS: tl.constexpr, F: tl
              EVEN: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
     """float32 (BN, C): sum over tile t of codes times staged x, short of the factor 2^24."""
     i = t * KP + tl.arange(0, KP)[None, :]
-    inside = i >= 0 if EVEN else i < row_words
+    # What is read beyond a row meets columns of x that are zero, and is finite.
+    inside = None if EVEN else i < row_words
     x = xs + tl.arange(0, KP)[:, None] * C + tl.arange(0, C)[None, :]
     acc = tl.zeros((words.shape[0], C), tl.float32)
     if BITS == 3:
-        w0 = tl.load(words + 3 * i, inside, 0)
-        w1 = tl.load(words + 3 * i + 1, inside, 0)
-        w2 = tl.load(words + 3 * i + 2, inside, 0)
+        w0 = tl.load(words + 3 * i, inside)
+        w1 = tl.load(words + 3 * i + 1, inside)
+        w2 = tl.load(words + 3 * i + 2, inside)
         if ASM:
             first, last = cut3(w0, w1, True), cut3(w1, w2, False)
         for j in tl.static_range(32):
@@ -78,7 +79,7 @@ def products(words, xs, t, row_words, C: tl.constexpr, BITS: tl.constexpr, F: tl
                 f = last[j - 16]
             acc = tl.dot(f, tl.load(x + j * KP * C), acc)
     else:
-        q = tl.load(words + i, inside, 0)
+        q = tl.load(words + i, inside)
         if ASM:
             all_fields = cut(q, BITS)
         for j in tl.static_range(F):
@@ -152,7 +153,7 @@ def product(x_TK: Tensor, packed: Uniform | Binary, config: Config) -> Tensor:
     per_split = -(-shape.tiles // config.splits)
     splits = -(-shape.tiles // per_split)
     out = y if splits == 1 else x_TK.new_empty(splits, T, N, dtype=torch.float32)
-    constants = sizes | {"BITS": weight.bits, "BN": config.BN, "EVEN": shape.even, "ASM": gpu.nvidia()}
+    constants = sizes | {"BITS": weight.bits, "BN": config.BN, "EVEN": shape.even, "ASM": not gpu.interpreted()}
     arguments, more = _weight(packed)
     multiply[(-(-N // config.BN), splits, x_blocks[0])](
         out, staged, group_sums, tile_scales, *arguments[:3], T, N, shape.row_words, *arguments[3:],

@@ -114,7 +114,7 @@ def default(weight: Weight, num_rows: int) -> Config:
     """A choice that has not been measured: few instructions a weight as compiled for sm_90, enough programs for it."""
     rows, kps = 1 << max(0, num_rows - 1).bit_length(), weight.fitting()
     # Short tiles whose groups and rows fit the eight columns that cost as much as one; the longest of these.
-    short = [KP for KP in kps if KP == kps[0] or (KP <= 32 and weight.fields * KP <= 256)]
+    short = [KP for KP in kps if kps[0] == KP or (KP <= 32 and weight.fields * KP <= 256)]
     free = [KP for KP in short if rows * weight.groups_in_tile(KP) <= 8]
     num_warps = 2 if free or MAX_COLUMNS[weight.bits] == 16 else 4
     BN = 64 if weight.shape[0] < LARGE_N or (num_warps == 2 and not free) else 128

@@ -18,7 +18,8 @@ import torch
 from lrec.kernels.gpu import tiling
 from lrec.kernels.gpu.tiling import Config, Weight
 
-DEFAULT_CROSSOVER = 64
+# By bits a code; where tiles hold few rows of x, the weight is read again for the next ones.
+DEFAULT_CROSSOVER = {1: 16, 2: 64, 3: 16, 4: 64, 8: 64}
 
 
 def path() -> Path:
@@ -44,7 +45,9 @@ def crossover(weight: Weight) -> tuple[int, str]:
     measured = _measured(path(), device())
     rows = measured.get("crossover_rows", {}).get(kind(weight))
     if rows is None:
-        return DEFAULT_CROSSOVER, "not measured on this GPU; `lrec bench kernels --device cuda` measures it"
+        return DEFAULT_CROSSOVER[
+            weight.bits
+        ], "not measured on this GPU; `lrec bench kernels --device cuda` measures it"
     return rows, f"measured on {device()} on {measured['date']}"
 
 
