@@ -23,7 +23,7 @@ class FusedTriton(Kernel):
     @classmethod
     def refuses(cls, call: Call, spec: dict) -> str | None:
         """No Triton or no GPU, other formats, groups that do not fit tiles, float32, gradients, many rows."""
-        if reason := tiling.refuses(spec) or gpu.missing(call):
+        if reason := gpu.missing(call) or tiling.refuses(spec):
             return reason
         if call.dtype not in (torch.float16, torch.bfloat16):
             return f"it multiplies in half precision, which {call.dtype} does not allow"

@@ -1,8 +1,8 @@
 """Decode a slab of the weight in Triton, multiply it by cuBLAS, go on: what training does, forward and backward.
 
-Decoding costs a fixed time per matrix, which the rows of x share. A slab holds at most `SLAB_BYTES`, so that the
-product reads it from the last-level cache. Slabs are cut along the columns of the result, so each of these is one
-product and nothing is added up outside of it.
+Decoding costs a fixed time per matrix, which the rows of x share. A slab holds about `SLAB_BYTES`, so that the product
+reads it from the last-level cache, and up to twice that where it would else be too narrow to keep a large GPU busy.
+Slabs are cut along the columns of the result, so each of these is one product and nothing is added up outside of it.
 """
 
 import torch
@@ -12,6 +12,7 @@ from lrec.formats import Packed
 from lrec.kernels import Call, Kernel, gpu
 
 SLAB_BYTES = 2**25
+BUSY = 2**22  # entries of the result: two tiles of 128 x 128 for each of 132 multiprocessors
 STEP = 128  # where slabs of columns may begin, as `decode` asks
 FORMATS = ("uniform", "codebook", "binary", "ternary", "salient")
 
@@ -24,11 +25,13 @@ class SlabTriton(Kernel):
     @classmethod
     def refuses(cls, call: Call, spec: dict) -> str | None:
         """No Triton or no GPU, a format without a decoder, x in float64."""
+        if reason := gpu.missing(call):
+            return reason
         if spec["format"] not in FORMATS:
             return f"it decodes {', '.join(FORMATS)} weights, not {spec['format']}"
         if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"it decodes in float32, which {call.dtype} does not allow"
-        return gpu.missing(call)
+        return None
 
     @classmethod
     def matmul(cls, x_TK: Tensor, packed: Packed, transpose: bool) -> Tensor:
@@ -40,7 +43,8 @@ class SlabTriton(Kernel):
         y = x_TK.new_empty(T, width)
         if T == 0:
             return y
-        step = max(1, SLAB_BYTES // (inner * x_TK.element_size() * STEP)) * STEP
+        fits = SLAB_BYTES // (inner * x_TK.element_size())
+        step = max(1, min(max(fits, BUSY // T), 2 * fits) // STEP) * STEP
         slab = x_TK.new_empty(min(step, width) * inner)
         for start in range(0, width, step):
             stop = min(start + step, width)

@@ -114,7 +114,7 @@ def test_gradients_of_a_large_layer(name):
         assert_close(x.grad, upstream.double() @ w_NK, TOLERANCE[torch.bfloat16], f"dx, T={T}")
 
 
-def test_a_layer_takes_no_more_memory_than_a_slab():
+def test_a_layer_takes_no_more_memory_than_two_slabs():
     from lrec.kernels.slab_triton import SLAB_BYTES
 
     packed = large("2bit")
@@ -124,7 +124,7 @@ def test_a_layer_takes_no_more_memory_than_a_slab():
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     y = kernels.matmul(x, packed)
-    assert torch.cuda.max_memory_allocated() - before <= y.nbytes + SLAB_BYTES + 2**20
+    assert torch.cuda.max_memory_allocated() - before <= y.nbytes + 2 * SLAB_BYTES + 2**20
 
 
 def test_a_graph_of_calls_replays():

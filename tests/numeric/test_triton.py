@@ -157,6 +157,7 @@ def test_the_op_trains_through_both(monkeypatch):
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter serves the CPU")
 def test_without_a_gpu_both_refuse_in_words(monkeypatch):
     packed = example("uniform", next(iter(EXAMPLES["uniform"])))
+    monkeypatch.setattr(gpu, "_installed", lambda: True)
     for kernel in (FusedTriton, SlabTriton):
         assert "on a GPU, not on the CPU" in kernel.refuses(Call("cpu", torch.bfloat16, 1), packed.spec())
         assert "float64" in kernel.refuses(Call("cuda", torch.float64, 1), packed.spec())

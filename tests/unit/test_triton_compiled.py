@@ -137,8 +137,9 @@ def test_one_row_runs_on_tensor_cores_without_spills(monkeypatch, tmp_path, name
 )
 def test_more_rows_do_not_spill(monkeypatch, tmp_path, name, num_rows):
     kernels, _ = launched(monkeypatch, name, num_rows)
-    listing, stack = sass(compiled(kernels["multiply"], 90).asm["cubin"], tmp_path / "cubin")
-    assert stack == 0 and not any(op.startswith(("LDL", "STL")) for _, op, _ in listing)
+    for kernel in ("stage", "multiply"):
+        listing, stack = sass(compiled(kernels[kernel], 90).asm["cubin"], tmp_path / "cubin")
+        assert stack == 0 and not any(op.startswith(("LDL", "STL")) for _, op, _ in listing), kernel
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

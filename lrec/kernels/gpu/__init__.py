@@ -15,13 +15,11 @@ from lrec.kernels import Call
 
 def missing(call: Call) -> str | None:
     """Why no Triton kernel can run a call, in words, or None."""
-    if not _installed():
-        return "triton is not installed: pip install 'lrec[gpu]'"
     if call.device == "cpu" and not interpreted():
         return "it runs on a GPU, not on the CPU"
     if call.device not in ("cpu", "cuda"):
         return f"it runs on a GPU that torch calls cuda, not on {call.device}"
-    return None
+    return None if _installed() else "triton is not installed: pip install 'lrec[gpu]'"
 
 
 def interpreted() -> bool:

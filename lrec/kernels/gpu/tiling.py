@@ -129,7 +129,7 @@ def candidates(weight: Weight, num_rows: int) -> list[Config]:
     first = default(weight, num_rows)
     found = [first]
     for KP in [KP for KP in weight.fitting() if weight.fields * KP <= 512]:
-        for BN, warps in ((64, 2), (128, 2), (64, 4), (128, 4)):
+        for BN, warps in ((64, 2), (128, 2), (128, 4)):
             for splits in (max(1, first.splits // 2), first.splits, min(MAX_SPLITS, first.splits * 2)):
                 found.append(Config(BN, KP, warps, 3, splits))
     return list(dict.fromkeys(found))
