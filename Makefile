@@ -38,7 +38,7 @@ gpu: $(READY)
 		$(PYTHON) -c "import torch; print(torch.cuda.get_device_name(), torch.ones(1).cuda().item())" && \
 		$(PYTHON) -m pytest -q -m gpu tests/gpu && \
 		$(PYTHON) -m lrec bench kernels --device cuda --group_size 128 --output data/results/gpu.json && \
-		$(PYTHON) -m lrec bench step --device cuda --shape llama2-7b --tokens 4096 --num_steps 6 \
+		$(PYTHON) -m lrec bench step --device cuda --shape llama-7b --tokens 4096 --num_steps 6 \
 			--output data/results/gpu.json; \
 	fi
 

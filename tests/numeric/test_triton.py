@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 # Of the suite's cases; an interpreted product takes a tenth of a second.
 CASES = (
     "2bit-g128-41x401 or 2bit-g64-19x203 or 2bit-g100 or 3bit-g64-19x203 or 3bit-g0-3x17 or 4bit-g64-19x203 or "
-    "8bit-g0-3x17 or 2bit-weight-blocks or 3bit-rows or 1plane or odd or ternary-rows or "
-    "(identity and slab and (groups or 2planes))"
+    "8bit-g0-3x17 or 2bit-weight-blocks or 3bit-rows or 1plane or odd or ternary-rows or 3bit-scales8 or "
+    "(identity and slab and (groups or 2planes or twice or scales8 or none or all or tiny or longer))"
 )
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_interpreter, in a process of its own")
 

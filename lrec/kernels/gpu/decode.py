@@ -4,6 +4,7 @@ A program decodes one tile. Each kernel is the equation of its format's docstrin
 operations of `unpack` in their order, so that decoded values are equal bit for bit. Triton's interpreter runs them too.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -188,11 +189,14 @@ def decode(packed: Packed, rows: tuple[int, int], columns: tuple[int, int], out:
     kernel[grid](out, *tensors, (*rows, *columns), *numbers, **constants, BN=TILE_N, BK=step_k)
 
 
-def zero_kind(packed: Uniform) -> str:
-    """How the zeros of a uniform weight are stored, in the words of `zero_at`."""
+def scales_and_zeros(packed: Uniform) -> tuple[Tensor, Tensor, str]:
+    """Scales, zeros and how they are stored in the words of `zero_at`; 8-bit ones are widened to float32 first."""
+    scale = packed.scale if packed.scale.is_floating_point() else packed.scales()
     if packed.zero is None:
-        return "none"
-    return "float" if packed.zero.is_floating_point() else "codes"
+        return scale, scale, "none"
+    if packed.zero.dtype is torch.int32:
+        return scale, packed.zero, "codes"
+    return scale, packed.zero if packed.zero.is_floating_point() else packed.zeros(), "float"
 
 
 def _group(group_size: int, G: int) -> int:
@@ -200,11 +204,10 @@ def _group(group_size: int, G: int) -> int:
 
 
 def _uniform(packed: Uniform):
-    zero = packed.scale if packed.zero is None else packed.zero
-    G = packed.scale.shape[1]
-    constants = {"BITS": packed.bits, "GROUP": _group(packed.group_size, G), "ZERO": zero_kind(packed)}
-    tensors = (packed.qweight, packed.scale, zero)
-    return uniform_tile, tensors, (packed.qweight.shape[1], G, zero.shape[1]), constants
+    scale, zero, kind = scales_and_zeros(packed)
+    G = scale.shape[1]
+    constants = {"BITS": packed.bits, "GROUP": _group(packed.group_size, G), "ZERO": kind}
+    return uniform_tile, (packed.qweight, scale, zero), (packed.qweight.shape[1], G, zero.shape[1]), constants
 
 
 def _codebook(packed: Codebook):

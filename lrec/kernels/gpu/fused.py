@@ -19,7 +19,7 @@ from torch import Tensor
 from lrec.formats.binary import Binary
 from lrec.formats.uniform import Uniform
 from lrec.kernels import gpu
-from lrec.kernels.gpu.decode import ONE_GROUP, zero_at, zero_kind
+from lrec.kernels.gpu.decode import ONE_GROUP, scales_and_zeros, zero_at
 from lrec.kernels.gpu.fields import PLACES3, cut, cut3, factors, field, field3
 from lrec.kernels.gpu.tiling import Config, Tiling, Weight
 
@@ -171,9 +171,8 @@ def _weight(packed: Uniform | Binary):
         tensors = (packed.qweight.view(torch.int16), packed.alpha, packed.offset)
         kind, words = "offset", 0
     else:
-        G, P, kind = packed.scale.shape[1], 1, zero_kind(packed)
-        zero = packed.scale if packed.zero is None else packed.zero
+        scale, zero, kind = scales_and_zeros(packed)
         codes = packed.qweight if packed.bits == 3 else packed.qweight.view(torch.int16)
-        tensors, words = (codes, packed.scale, zero), zero.shape[1]
+        tensors, words, G, P = (codes, scale, zero), zero.shape[1], scale.shape[1], 1
     group = packed.group_size if G > 1 else ONE_GROUP
     return (*tensors, G, words), {"GROUP": group, "ZERO": kind, "PLANES": P}
