@@ -47,7 +47,7 @@ def test_products_equal_float64(format_name, case):
             for transpose in (False, True):
                 if not served(kernel, packed, dtype, transpose):
                     continue
-                for T in (0, 1, 5, 33):
+                for T in (0, 1, 33):
                     x = torch.randn(T, packed.shape[0 if transpose else 1]).to(dtype)
                     y = kernel.matmul(x.cuda(), on_gpu, transpose)
                     assert y.dtype is dtype
@@ -88,7 +88,7 @@ def test_configs_of_a_large_layer_are_right_and_repeat(name):
         x[:, 11] *= 300  # as activations have them
         expected = x.double() @ w_NK.t()
         configs = tiling.candidates(Weight.of(packed), T)
-        for config in configs if T == 1 else configs[:1]:
+        for config in configs if (name, T) == ("2bit", 1) else configs[:1]:
             try:
                 y = product(x, packed, config)
             except OutOfResources:  # a card with less shared memory; the default must fit all the same

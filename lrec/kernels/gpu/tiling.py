@@ -125,10 +125,10 @@ def default(weight: Weight, num_rows: int) -> Config:
 
 
 def candidates(weight: Weight, num_rows: int) -> list[Config]:
-    """What tuning measures, the default first."""
+    """What tuning measures, the default first; for several rows only tiles as long as the default's."""
     first = default(weight, num_rows)
     found = [first]
-    for KP in [KP for KP in weight.fitting() if weight.fields * KP <= 512]:
+    for KP in [KP for KP in weight.fitting() if weight.fields * KP <= 512] if num_rows == 1 else [first.KP]:
         for BN, warps in ((64, 2), (128, 2), (128, 4)):
             for splits in (max(1, first.splits // 2), first.splits, min(MAX_SPLITS, first.splits * 2)):
                 found.append(Config(BN, KP, warps, 3, splits))
