@@ -13,7 +13,7 @@ from lrec.kernels import Call, Kernel, gpu
 
 SLAB_BYTES = 2**25
 BUSY = 2**22  # entries of the result: two tiles of 128 x 128 for each of 132 multiprocessors
-STEP = 128  # where slabs of columns may begin, as `decode` asks
+STEP = 128  # where slabs of columns may begin, as `decoder` asks
 FORMATS = ("uniform", "codebook", "binary", "ternary", "salient")
 
 
@@ -36,7 +36,7 @@ class SlabTriton(Kernel):
     @classmethod
     def matmul(cls, x_TK: Tensor, packed: Packed, transpose: bool) -> Tensor:
         """See `Kernel.matmul`."""
-        from lrec.kernels.gpu.decode import decode
+        from lrec.kernels.gpu.decode import decoder
 
         (N, K), T = packed.shape, x_TK.shape[0]
         width, inner = (K, N) if transpose else (N, K)
@@ -46,11 +46,12 @@ class SlabTriton(Kernel):
         fits = SLAB_BYTES // (inner * x_TK.element_size())
         step = max(1, min(max(fits, BUSY // T), 2 * fits) // STEP) * STEP
         slab = x_TK.new_empty(min(step, width) * inner)
+        decode = decoder(packed)
         for start in range(0, width, step):
             stop = min(start + step, width)
             rows, columns = ((0, N), (start, stop)) if transpose else ((start, stop), (0, K))
             w = slab[: (stop - start) * inner].view(rows[1] - rows[0], columns[1] - columns[0])
             with gpu.on(x_TK.device):
-                decode(packed, rows, columns, w)
+                decode(rows, columns, w)
             torch.mm(x_TK, w if transpose else w.t(), out=y[:, start:stop])
         return y

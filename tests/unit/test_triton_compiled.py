@@ -158,7 +158,7 @@ def test_slabs_compile_and_store_sixteen_bytes(monkeypatch, tmp_path, name, capa
     kernel = decode.DECODERS[type(packed).name()](packed)[0]
     recorder = Recorder(kernel)
     monkeypatch.setattr(decode, kernel.__name__, recorder)
-    decode.decode(packed, (0, 256), (0, 1024), torch.empty(256, 1024, dtype=torch.bfloat16))
+    decode.decoder(packed)((0, 256), (0, 1024), torch.empty(256, 1024, dtype=torch.bfloat16))
     listing, stack = sass(compiled(recorder, capability).asm["cubin"], tmp_path / "cubin")
     stores = [op for _, op, _ in listing if op.startswith("STG")]
     assert stores and all(op.endswith(".128") for op in stores), stores

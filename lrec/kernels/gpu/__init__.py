@@ -27,6 +27,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def stored(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that kernels write for results in `dtype`: the interpreter cuts to bfloat16 where a GPU rounds."""
+    return torch.float32 if interpreted() and dtype is torch.bfloat16 else dtype
+
+
 def nvidia() -> bool:
     """Whether the GPU is one of NVIDIA's: only those run PTX, and only those are known to multiply subnormal halves."""
     return torch.version.hip is None

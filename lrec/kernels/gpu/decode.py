@@ -4,6 +4,8 @@ A program decodes one tile. Each kernel is the equation of its format's docstrin
 operations of `unpack` in their order, so that decoded values are equal bit for bit. Triton's interpreter runs them too.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from lrec.formats.codebook import Codebook
 from lrec.formats.salient import SALIENT_BITS, Salient
 from lrec.formats.ternary import TRITS, Ternary
 from lrec.formats.uniform import Uniform, groups
+from lrec.kernels import gpu
 
 TILE_N, TILE_K = 32, 128
 ONE_GROUP = 2**30
@@ -177,16 +180,24 @@ def salient_tile(
     put(out, tl.where(marked, fine, columns * coarse), n, k, inside, box)
 
 
-def decode(packed: Packed, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> None:
-    """Writes w[rows, columns] to `out`, contiguous and of that shape, in its dtype; columns start at multiples of 128.
+def decoder(packed: Packed) -> Callable[[tuple[int, int], tuple[int, int], Tensor], None]:
+    """A function of (rows, columns, out) that writes w[rows, columns], each a first and a last number.
 
-    Raises KeyError for a format that has no kernel here: see `DECODERS`.
+    `out` is contiguous, of that shape, and gets values of its dtype; columns start at multiples of 128. Raises KeyError
+    for a format that has no kernel here: see `DECODERS`.
     """
     kernel, tensors, numbers, constants = DECODERS[type(packed).name()](packed)
     # A tile inside one group loads one scale a row; groups of 64 are worth narrower tiles for it.
     step_k = TILE_K // 2 if constants.get("GROUP", TILE_K) % TILE_K == TILE_K // 2 else TILE_K
-    grid = (-(-(rows[1] - rows[0]) // TILE_N), -(-(columns[1] - columns[0]) // step_k))
-    kernel[grid](out, *tensors, (*rows, *columns), *numbers, **constants, BN=TILE_N, BK=step_k)
+
+    def decode(rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> None:
+        grid = (-(-(rows[1] - rows[0]) // TILE_N), -(-(columns[1] - columns[0]) // step_k))
+        w = out if gpu.stored(out.dtype) is out.dtype else torch.empty_like(out, dtype=gpu.stored(out.dtype))
+        kernel[grid](w, *tensors, (*rows, *columns), *numbers, **constants, BN=TILE_N, BK=step_k)
+        if w is not out:
+            out.copy_(w)
+
+    return decode
 
 
 def scales_and_zeros(packed: Uniform) -> tuple[Tensor, Tensor, str]:

@@ -149,7 +149,7 @@ def product(x_TK: Tensor, packed: Uniform | Binary, config: Config) -> Tensor:
     held = (staged, factors(weight.bits, x_TK.device), group_sums, tile_scales)
     stage[(shape.tiles, x_blocks[0])](x_TK, *held, T, K, *x_TK.stride(), **sizes)
 
-    y = x_TK.new_empty(T, N)
+    y = x_TK.new_empty(T, N, dtype=gpu.stored(x_TK.dtype))
     per_split = -(-shape.tiles // config.splits)
     splits = -(-shape.tiles // per_split)
     out = y if splits == 1 else x_TK.new_empty(splits, T, N, dtype=torch.float32)
@@ -161,7 +161,7 @@ def product(x_TK: Tensor, packed: Uniform | Binary, config: Config) -> Tensor:
     )  # fmt: skip
     if splits > 1:
         add_up[(-(-T * N // 1024),)](out, y, T * N, splits, BLOCK=1024)
-    return y
+    return y.to(x_TK.dtype)
 
 
 def _weight(packed: Uniform | Binary):
