@@ -209,7 +209,7 @@ def test_product_equals_float64(poisoned, name, format_name, case):
 def test_x_need_not_be_contiguous(poisoned, name, format_name, case):
     kernel, packed = registry.find("kernels", name), example(format_name, case)
     dtype = widest(kernel, packed)
-    for T in (1, 3, 33):
+    for T in (1, 3, 33) if not INTERPRETED else (3,):
         for x in (
             torch.randn(packed.shape[1], T, dtype=dtype).t(),
             torch.randn(T, 2 * packed.shape[1], dtype=dtype)[:, ::2],
