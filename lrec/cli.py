@@ -17,7 +17,7 @@ VERBS = {
     "train": "train an adapter that corrects the quantization error, by KL to the teacher",
     "compare": "a table of methods on one model and text, and a picture",
     "evaluate": "perplexity, KL to the teacher and top-1 agreement on held-out text",
-    "export": "write what others can load: a peft adapter, a dense merged model",
+    "export": "write what others can load: a peft adapter, a dense model, GPTQ ...",
     "inspect": "what a packed model holds: bits, bytes, layers",
     "estimate": "memory of quantizing, caching and training, before any is spent; which cards fit",
     "bench": "bench kernels, step, generate, loss, cache: speed here beside peers, measured in the same run",
@@ -78,9 +78,16 @@ def compare(values: dict) -> dict:
 
 def export(values: dict) -> dict:
     """`lrec export`."""
+    run, target = options.fill(values, *export_parts(values))
+    return run.run(target)
+
+
+def export_parts(values: dict) -> tuple[type, type]:
+    """What the settings of `lrec export` fill: the run, and the target that --format names."""
+    from lrec import export
     from lrec.runs import Export
 
-    return options.fill(values, Export)[0].run()
+    return Export, export.find(str(values["format"])) if "format" in values else export.Export
 
 
 def inspect(values: dict) -> dict:
@@ -153,7 +160,7 @@ def help_text(verb: str | None, values: dict) -> str:
         "train": lambda: (correction.Train,),
         "compare": lambda: (compare.Compare,),
         "evaluate": lambda: (runs.Evaluate,),
-        "export": lambda: (runs.Export,),
+        "export": lambda: export_parts(values),
         "estimate": lambda: (estimate.Estimate,),
         "bench": lambda: tuple(benches().values()),
         "inspect": lambda: (report.Inspect,),

@@ -128,13 +128,13 @@ class Export:
     model: str = field(metadata={"help": "packed model"})
     output_dir: str = field(metadata={"help": "new directory for the export"})
     format: str = field(metadata={"help": "one of the files in lrec/export"})
-    adapter: str | None = setting(None, "peft adapter to export or to merge")
+    adapter: str | None = setting(None, "peft adapter to export, merge or fold in")
 
-    def run(self) -> dict:
-        """Writes the export; what it wrote."""
-        return export.export(
-            self.format, text.model_path(self.model), self.adapter and Path(self.adapter), Path(self.output_dir)
-        )
+    def run(self, target: export.Export | None = None) -> dict:
+        """Writes the export, by the target's defaults if none is given; what it wrote."""
+        target = target or export.find(self.format)()
+        adapter = self.adapter and Path(self.adapter)
+        return export.export(target, text.model_path(self.model), adapter, Path(self.output_dir))
 
 
 def total_bytes(model: str, adapter: str | None) -> int:

@@ -5,17 +5,18 @@ Its base is the *quantized* model, since an adapter that corrects 2-bit errors i
 """
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from lrec import checkpoint
 from lrec.export import Export
 
 
+@dataclass(frozen=True, kw_only=True)
 class Adapter(Export):
     """`adapter_config.json`, `adapter_model.safetensors`, the stamp and a card."""
 
-    @classmethod
-    def write(cls, model_dir: Path, adapter_dir: Path | None, output_dir: Path) -> dict:
+    def write(self, model_dir: Path, adapter_dir: Path | None, output_dir: Path) -> dict:
         """See `Export.write`. Raises ValueError without an adapter, or if it was made for another base."""
         if adapter_dir is None:
             raise ValueError(

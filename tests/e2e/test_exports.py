@@ -1,0 +1,142 @@
+"""Every export of packed integers, decoded by the layout that its tool documents and, where installed, by the tool."""
+
+import json
+import re
+
+import pytest
+import torch
+from checks import tiny_model
+from safetensors.torch import load_file
+
+from lrec import load
+from lrec.cli import main
+from lrec.export import gptq
+from lrec.formats.uniform import Uniform
+from lrec.integrations.transformers import packed_layers
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A directory with a tiny full-precision model whose sides are multiples of 64, saved in bfloat16."""
+    directory = tmp_path_factory.mktemp("dense")
+    tiny_model(directory, intermediate_size=128, dtype=torch.bfloat16)
+    return directory
+
+
+def packed_model(dense, directory, *words):
+    words = ["--model", str(dense), "--method", "rtn", "--init_rank", "0", *words]
+    assert main(["quantize", *words, "--output_dir", str(directory)]) == 0
+    return directory
+
+
+def export(model, directory, format, *words):
+    return main(["export", "--model", str(model), "--format", format, *words, "--output_dir", str(directory)])
+
+
+def decoded(model) -> dict:
+    """What lrec makes of each packed layer, float32 by name."""
+    return {name: layer.packed.unpack() for name, layer in packed_layers(load.model(str(model))).items()}
+
+
+def stored(directory) -> dict:
+    return {key: tensor for path in directory.glob("*.safetensors") for key, tensor in load_file(path).items()}
+
+
+def stream(words, bits, n):
+    """The first n fields of `bits` bits in a row of int32 words, read as one little-endian number."""
+    number = int.from_bytes(words.contiguous().numpy().tobytes(), "little")
+    return [(number >> (i * bits)) % 2**bits for i in range(n)]
+
+
+def same_rest(directory, model, layers):
+    """Whether what is not packed was carried over bit for bit."""
+    theirs, ours = stored(directory), stored(model)
+    rest = [key for key in ours if key.rpartition(".")[0] not in layers]
+    assert rest and all(torch.equal(theirs[key], ours[key]) for key in rest)
+
+
+def uniform(N, K, bits, group_size, symmetric, least_zero=0):
+    """A random weight; zero points from `least_zero` up."""
+    G = K // group_size
+    codes = torch.randint(0, 2**bits, (N, K))
+    zero = None if symmetric else torch.randint(least_zero, 2**bits, (N, G))
+    return Uniform.pack(codes, torch.rand(N, G).add(0.1).half(), zero, bits, group_size)
+
+
+def read_gptq(tensors, bits, version):
+    """w[n, k] = scales[g_idx[k], n] * (q[n, k] - zero[g_idx[k], n]) in float64, by AutoGPTQ's layout."""
+    qweight, qzeros, scales, g_idx = (tensors[f] for f in ("qweight", "qzeros", "scales", "g_idx"))
+    N, K = qweight.shape[1], len(g_idx)
+    assert qweight.shape[0] * 32 == K * bits and qzeros.shape[1] * 32 == N * bits
+    assert scales.dtype == torch.float16 and g_idx.dtype == qweight.dtype == qzeros.dtype == torch.int32
+    q = torch.tensor([stream(qweight[:, n], bits, K) for n in range(N)], dtype=torch.float64)
+    zero = torch.tensor([stream(row, bits, N) for row in qzeros], dtype=torch.float64) + (version == "gptq")
+    return scales.double()[g_idx.long()].t() * (q - zero[g_idx.long()].t())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_gptq_fields_decode_to_our_weights(bits, symmetric, version):
+    for N, K, group_size in [(32, 64, 32), (96, 160, 32), (64, 96, 96)]:
+        packed = uniform(N, K, bits, group_size, symmetric, least_zero=int(version == "gptq"))
+        tensors = gptq.fields(packed, version)
+        assert torch.equal(read_gptq(tensors, bits, version), packed.unpack().double())
+        assert tensors["g_idx"].tolist() == [k // group_size for k in range(K)]
+
+
+@pytest.mark.parametrize(
+    ("words", "version", "told"),
+    [
+        (["--bits", "3", "--group_size", "0", "--symmetric"], "gptq", {"bits": 3, "group_size": -1, "sym": True}),
+        (["--bits", "2", "--group_size", "16"], "gptq_v2", {"bits": 2, "group_size": 16, "sym": False}),
+    ],
+)
+def test_gptq_writes_a_model_in_the_version_that_holds_it(dense, tmp_path, words, version, told):
+    model = packed_model(dense, tmp_path / "Q", *words)
+    assert export(model, tmp_path / "O", "gptq") == 0
+    config = json.loads((tmp_path / "O" / "config.json").read_text())["quantization_config"]
+    assert config == json.loads((tmp_path / "O" / "quantize_config.json").read_text())
+    expected = {"quant_method": "gptq", "desc_act": False, "checkpoint_format": version, **told}
+    assert {key: config[key] for key in expected} == expected and "dynamic" not in config
+    tensors, layers = stored(tmp_path / "O"), decoded(model)
+    for name, weight in layers.items():
+        held = {key.rpartition(".")[2]: tensors[key] for key in tensors if key.startswith(f"{name}.")}
+        assert torch.equal(read_gptq(held, told["bits"], version), weight.double()), name
+    same_rest(tmp_path / "O", model, layers)
+    assert (tmp_path / "O" / "tokenizer.json").exists()
+
+
+def test_gptq_version_1_refuses_a_zero_of_0(dense, tmp_path, capsys):
+    model = packed_model(dense, tmp_path / "Q", "--group_size", "16")
+    assert any(not layer.packed.zeros().all() for layer in packed_layers(load.model(str(model))).values())
+    assert export(model, tmp_path / "O", "gptq", "--checkpoint_format", "gptq") == 2
+    assert "zero point of 0" in capsys.readouterr().err and not (tmp_path / "O").exists()
+
+
+def test_gptq_tells_layers_of_other_widths(dense, tmp_path):
+    words = ["--symmetric", "--group_size", "32", "--bits_map", "re:.*0\\.mlp\\.down_proj=4"]
+    model = packed_model(dense, tmp_path / "Q", *words)
+    assert export(model, tmp_path / "O", "gptq") == 0
+    told = json.loads((tmp_path / "O" / "config.json").read_text())["quantization_config"]
+    name = r"+:^model\.layers\.0\.mlp\.down_proj$"
+    assert told["bits"] == 2 and told["dynamic"] == {name: {"bits": 4, "group_size": 32, "sym": True}}
+
+
+@pytest.mark.parametrize(
+    ("words", "format", "message"),
+    [
+        (["--zero_point", "float"], "gptq", "zero points are floats.*--format merged"),
+        (["--group_size", "48"], "gptq", "64 columns are no multiple of the group, 48"),
+        (["--method", "nf4", "--block_size", "32"], "gptq", "codebook, not uniform"),
+    ],
+)
+def test_what_a_target_cannot_hold_is_refused_with_the_nearest(dense, tmp_path, capsys, words, format, message):
+    if "--method" in words:
+        assert main(["quantize", "--model", str(dense), "--output_dir", str(tmp_path / "Q"), *words]) == 0
+    else:
+        packed_model(dense, tmp_path / "Q", *words)
+    capsys.readouterr()
+    assert export(tmp_path / "Q", tmp_path / "O", format) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["Q"]
