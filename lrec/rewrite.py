@@ -75,6 +75,14 @@ def misfit(spec: dict) -> str | None:
     return None
 
 
+def unpacked(streamed: StreamedModel, specs: dict[str, dict]) -> list[str]:
+    """The linears inside the blocks that are not packed."""
+    names = [
+        f"{streamed.anatomy.name(i)}.{n}" for i, block in enumerate(streamed.blocks) for n in anatomy.linears(block)
+    ]
+    return [name for name in names if name not in specs]
+
+
 def rewrite(streamed: StreamedModel, output_dir: Path, convert: Convert, dtype: torch.dtype | None = None) -> None:
     """Writes shards and index: of each packed layer, `convert(name, packed)` by the names that follow the layer's.
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import lrec
-from lrec import anatomy, checkpoint, rewrite
+from lrec import checkpoint, rewrite
 from lrec.export import Export
 from lrec.formats import pack_codes, unpack_codes
 from lrec.formats.uniform import Uniform
@@ -50,7 +50,7 @@ class Gptq(Export):
         streamed = StreamedModel(model_dir, torch.float32)
         version = self._version(model_dir, specs)
         rewrite.rewrite(streamed, output_dir, lambda name, packed: fields(packed, version))
-        quantization = quantization_config(specs, unpacked(streamed, specs), version)
+        quantization = quantization_config(specs, rewrite.unpacked(streamed, specs), version)
         rewrite.finish(streamed, output_dir, quantization)
         # Where AutoGPTQ and older servers look.
         checkpoint.write_json(output_dir / "quantize_config.json", quantization)
@@ -99,14 +99,6 @@ def layer_with_zero(model_dir: Path, specs: dict[str, dict]) -> str | None:
                     if not unpack_codes(file.get_tensor(key), spec["bits"], spec["shape"][0]).all():
                         return name
     return None
-
-
-def unpacked(streamed: StreamedModel, specs: dict[str, dict]) -> list[str]:
-    """The linears inside the blocks that are not packed."""
-    names = [
-        f"{streamed.anatomy.name(i)}.{n}" for i, block in enumerate(streamed.blocks) for n in anatomy.linears(block)
-    ]
-    return [name for name in names if name not in specs]
 
 
 def quantization_config(specs: dict[str, dict], skipped: list[str], version: str) -> dict:

@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
-from checks import tiny_model
+from checks import assert_close, tiny_model
 from safetensors.torch import load_file
 
 from lrec import load
 from lrec.cli import main
-from lrec.export import gptq
+from lrec.export import compressed_tensors, gptq
 from lrec.formats.uniform import Uniform
 from lrec.integrations.transformers import packed_layers
 
@@ -121,6 +121,49 @@ def test_gptq_tells_layers_of_other_widths(dense, tmp_path):
     told = json.loads((tmp_path / "O" / "config.json").read_text())["quantization_config"]
     name = r"+:^model\.layers\.0\.mlp\.down_proj$"
     assert told["bits"] == 2 and told["dynamic"] == {name: {"bits": 4, "group_size": 32, "sym": True}}
+
+
+def read_compressed(tensors, bits):
+    """weight_scale[n, g] * (q[n, k] - zero[n, g]) in float64, by compressed-tensors' pack-quantized layout."""
+    packed, scale = tensors["weight_packed"], tensors["weight_scale"].double()
+    N, K = tensors["weight_shape"].tolist()
+    half, G = 2 ** (bits - 1), scale.shape[1]
+    assert packed.shape == (N, -(-K * bits // 32)) and scale.shape[0] == N
+    q = torch.tensor([stream(row, bits, K) for row in packed], dtype=torch.float64) - half
+    zero = torch.zeros(N, G, dtype=torch.float64)
+    if "weight_zero_point" in tensors:
+        assert tensors["weight_zero_point"].shape == (-(-N * bits // 32), G)
+        columns = tensors["weight_zero_point"].t()
+        zero = torch.tensor([stream(column, bits, N) for column in columns], dtype=torch.float64).t() - half
+    group = torch.arange(K) // (K // G)
+    return scale[:, group] * (q - zero[:, group])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_compressed_tensors_fields_decode_to_our_weights(bits, symmetric):
+    for N, K, group_size in [(32, 64, 32), (41, 100, 20), (7, 96, 96)]:
+        packed = uniform(N, K, bits, group_size, symmetric)
+        assert torch.equal(read_compressed(compressed_tensors.fields(packed), bits), packed.unpack().double())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--bits", "2", "--group_size", "32"],
+        ["--bits", "3", "--group_size", "0", "--symmetric"],
+        ["--bits", "4", "--group_size", "32", "--symmetric", "--bits_map", "down_proj=2"],
+    ],
+)
+def test_compressed_tensors_are_read_by_their_package(dense, tmp_path, words):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    model = packed_model(dense, tmp_path / "Q", *words)
+    assert export(model, tmp_path / "O", "compressed-tensors") == 0
+    ids = torch.arange(32)[None]
+    with torch.no_grad():
+        expected = load.model(str(model))(ids).logits
+        assert_close(load.model(str(tmp_path / "O"))(ids).logits, expected, 1e-3, "logits by compressed-tensors")
+    same_rest(tmp_path / "O", model, decoded(model))
 
 
 @pytest.mark.parametrize(
