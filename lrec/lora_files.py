@@ -9,7 +9,7 @@ from lrec import checkpoint
 
 
 class LoraFiles:
-    """The pairs of A and B by layer, and the `scaling` of their product.
+    """The pairs of A and B by layer, their `rank`, and the `scaling` of their product.
 
     Raises ValueError for an adapter that is not plain LoRA, or whose stamp names other packed weights.
     """
@@ -28,7 +28,8 @@ class LoraFiles:
                 f"{directory} is not a plain LoRA ({config.get('peft_type')}, {', '.join(odd)}); "
                 "merge it with peft's merge_and_unload instead"
             )
-        self.scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+        self.rank = config["r"]
+        self.scaling = config["lora_alpha"] / (math.sqrt(self.rank) if config.get("use_rslora") else self.rank)
         with checkpoint.open_tensors(directory / "adapter_model.safetensors") as file:
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is not a dict)
         self.used: set[str] = set()

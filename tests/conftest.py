@@ -1,5 +1,6 @@
 """Surroundings of every test: no model hub, fixed seeds, and the real model and text where a test asks for them."""
 
+import json
 import os
 
 # Read when transformers and huggingface_hub are imported, so set before anything can import them.
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import tiny_model
 
 from lrec import text
 
@@ -28,3 +30,16 @@ def smollm2_dir() -> Path:
 def wikipedia_jsonl() -> dict[str, Path]:
     """The article files of the splits `train` and `test`; fetched once, then cached."""
     return {split: text.data_path("wikipedia", split) for split in ("train", "test")}
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory):
+    """A directory with a tiny full-precision model whose sides are multiples of 64, saved in bfloat16."""
+    directory = tmp_path_factory.mktemp("dense")
+    tiny_model(directory, intermediate_size=128, dtype=torch.bfloat16)
+    told = json.loads((directory / "tokenizer.json").read_text())
+    # Two merges in the place of two letters: GGUF has no tokenizer without.
+    vocab = {token: i for token, i in told["model"]["vocab"].items() if i < 254}
+    told["model"] |= {"vocab": {**vocab, "th": 254, "the": 255}, "merges": [["t", "h"], ["th", "e"]]}
+    (directory / "tokenizer.json").write_text(json.dumps(told))
+    return directory

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from checks import assert_close, tiny_model
+from checks import assert_close
 from safetensors.torch import load_file
 
 from lrec import load
@@ -13,14 +13,6 @@ from lrec.cli import main
 from lrec.export import compressed_tensors, gptq
 from lrec.formats.uniform import Uniform
 from lrec.integrations.transformers import packed_layers
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    """A directory with a tiny full-precision model whose sides are multiples of 64, saved in bfloat16."""
-    directory = tmp_path_factory.mktemp("dense")
-    tiny_model(directory, intermediate_size=128, dtype=torch.bfloat16)
-    return directory
 
 
 def packed_model(dense, directory, *words):

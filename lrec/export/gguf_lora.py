@@ -1,0 +1,55 @@
+"""A LoRA file for llama.cpp (`--lora`), to be used on the GGUF file of the same packed base.
+
+Each pair is `<tensor>.lora_a` (R, K) and `<tensor>.lora_b` (N, R), rows of q and k in the file's order; llama.cpp
+scales the product by adapter.lora.alpha / R.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrec.export import Export
+from lrec.export.gguf import add_info, start
+from lrec.ggml.model import Names
+from lrec.lora_files import LoraFiles
+from lrec.report import packed_config
+from lrec.rewrite import kinds
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufLora(Export):
+    """`adapter.gguf` in float32."""
+
+    def write(self, model_dir: Path, adapter_dir: Path | None, output_dir: Path) -> dict:
+        """See `Export.write`. Raises ValueError without an adapter, or for one that is not plain LoRA on this base."""
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        if adapter_dir is None:
+            raise ValueError(
+                "--format gguf-lora needs --adapter, the directory that `lrec train` wrote; the base is --format gguf"
+            )
+        adapter = LoraFiles(adapter_dir, packed_config(model_dir).get("meta", {}).get("packed_sha256"))
+        config = AutoConfig.from_pretrained(model_dir)
+        names = Names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type), config)
+        writer = start(output_dir / "adapter.gguf", names, model_dir)
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        arrays = {}
+        for layer in kinds(model_dir):
+            if pair := adapter.pair(layer):
+                order, name = names.row_order(f"{layer}.weight"), names.name(f"{layer}.weight")
+                a_RK, b_NR = (half.float() for half in pair)
+                arrays[f"{name}.lora_a"] = a_RK.numpy()
+                arrays[f"{name}.lora_b"] = (b_NR if order is None else b_NR[order]).numpy()
+        adapter.check_used(model_dir)
+        rank = adapter.rank
+        writer.add_float32("adapter.lora.alpha", adapter.scaling * rank)
+        for name, array in arrays.items():
+            add_info(writer, name, array, array.shape, None)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for array in arrays.values():
+            writer.write_tensor_data(array)
+        writer.close()
+        return {"rank": rank, "num_layers": len(arrays) // 2}
