@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 MANIFEST = "lrec_manifest.json"
 ADAPTER_STAMP = "lrec_adapter.json"
+STAMP_KEY = "lrec_adapter"  # of the metadata in the header of an adapter's weights
 FORMAT_VERSION = 1
 
 
@@ -37,9 +38,10 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file atomically; tensors are made contiguous on the CPU."""
-    _replace(path, save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, metadata={"format": "pt"}))
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file atomically, `metadata` in its header; tensors are made contiguous on the CPU."""
+    contiguous = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    _replace(path, save(contiguous, metadata={"format": "pt"} | (metadata or {})))
 
 
 def open_tensors(path: Path):
@@ -163,20 +165,35 @@ def verify(directory: Path) -> None:
 
 
 def check_stamp(adapter_dir: Path, packed_sha256: str | None) -> dict:
-    """The stamp of an adapter directory, empty if it has none.
+    """The stamp of an adapter directory, from its file or the header of the weights; empty if it has none.
 
     Raises ValueError if it was made for packed weights other than `packed_sha256`.
     """
-    path = Path(adapter_dir) / ADAPTER_STAMP
-    if not path.exists():
-        return {}
-    stamp = read_json(path)
-    if stamp.get("packed_sha256") != packed_sha256:
+    stamp = read_stamp(Path(adapter_dir))
+    if stamp and stamp.get("packed_sha256") != packed_sha256:
         raise ValueError(
             f"{adapter_dir} was made for a base with packed weights {str(stamp.get('packed_sha256'))[:12]}, but this "
             f"base has {str(packed_sha256)[:12]}; use the base it was trained on, or train an adapter for this one"
         )
     return stamp
+
+
+def read_stamp(adapter_dir: Path) -> dict:
+    """What an adapter directory tells of the base it was made for, empty if nothing."""
+    if (adapter_dir / ADAPTER_STAMP).exists():
+        return read_json(adapter_dir / ADAPTER_STAMP)
+    weights = adapter_dir / "adapter_model.safetensors"
+    if not weights.exists():
+        return {}
+    with open_tensors(weights) as file:
+        return json.loads((file.metadata() or {}).get(STAMP_KEY, "{}"))
+
+
+def packed_sha256(base: nn.Module) -> str | None:
+    """Identity of a packed model's weights as its config tells it; None for a model that is not packed by lrec."""
+    config = getattr(getattr(base, "config", None), "quantization_config", None)
+    meta = getattr(config, "meta", None) or (config.get("meta") if isinstance(config, dict) else None) or {}
+    return meta.get("packed_sha256")
 
 
 def weights_bytes(directory: Path) -> int:

@@ -166,7 +166,7 @@ class Train(Text, Place):
         return {
             "base_model": self.model,
             "teacher": self.teacher or self.teacher_cache,
-            "packed_sha256": load.packed_sha256(model.get_base_model()),
+            "packed_sha256": checkpoint.packed_sha256(model.get_base_model()),
             "lora_r": self.lora_r,
             "lora_init": self.lora_init,
             "dataset": self.dataset,

@@ -79,12 +79,5 @@ def with_adapter(base: nn.Module, adapter: str) -> nn.Module:
     path = Path(adapter)
     if not (path / "adapter_config.json").is_file():
         raise ValueError(f"{path} is not a peft adapter: it has no adapter_config.json")
-    checkpoint.check_stamp(path, packed_sha256(base))
+    checkpoint.check_stamp(path, checkpoint.packed_sha256(base))
     return PeftModel.from_pretrained(base, path)
-
-
-def packed_sha256(base: nn.Module) -> str | None:
-    """Identity of a packed model's weights as its config tells it; None for a model that is not packed by lrec."""
-    config = getattr(getattr(base, "config", None), "quantization_config", None)
-    meta = getattr(config, "meta", None) or (config.get("meta") if isinstance(config, dict) else None) or {}
-    return meta.get("packed_sha256")

@@ -1,20 +1,26 @@
 """A plain peft repository: `PeftModel.from_pretrained(base, dir)` loads it after `import lrec`.
 
 Its base is the *quantized* model, since an adapter that corrects 2-bit errors is wrong on anything else; the stamp
-`lrec_adapter.json` holds the hash of the packed weights, and loading through lrec checks it.
+`lrec_adapter.json`, repeated in the header of the weights, holds the hash of the packed weights, which is checked
+whenever peft loads the adapter onto a packed model.
 """
 
-import shutil
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from lrec import checkpoint
 from lrec.export import Export
+from lrec.options import setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter(Export):
     """`adapter_config.json`, `adapter_model.safetensors`, the stamp and a card."""
+
+    base: str | None = setting(None, "Hub id of the packed base (none: that it was fetched by, or its folder)")
+    revision: str | None = setting(None, "the base's revision there (none: that it was fetched at)")
 
     def write(self, model_dir: Path, adapter_dir: Path | None, output_dir: Path) -> dict:
         """See `Export.write`. Raises ValueError without an adapter, or if it was made for another base."""
@@ -26,18 +32,30 @@ class Adapter(Export):
         base = checkpoint.read_json(model_dir / "config.json").get("quantization_config", {}).get("meta", {})
         stamp = checkpoint.check_stamp(adapter_dir, base.get("packed_sha256"))
         config = checkpoint.read_json(adapter_dir / "adapter_config.json")
-        config["base_model_name_or_path"] = str(model_dir)
+        name, revision = origin(model_dir)
+        if self.base is not None:
+            name, revision = self.base, None
+        config |= {"base_model_name_or_path": name, "revision": self.revision or revision}
         checkpoint.write_json(output_dir / "adapter_config.json", config)
-        shutil.copyfile(adapter_dir / "adapter_model.safetensors", output_dir / "adapter_model.safetensors")
+        with checkpoint.open_tensors(adapter_dir / "adapter_model.safetensors") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is not a dict)
+        header = {checkpoint.STAMP_KEY: json.dumps({k: v for k, v in stamp.items() if k != "history"})}
+        checkpoint.write_tensors(output_dir / "adapter_model.safetensors", tensors, header if stamp else None)
         checkpoint.write_json(output_dir / checkpoint.ADAPTER_STAMP, stamp)
-        (output_dir / "README.md").write_text(card(str(model_dir), base, config, stamp))
-        return {"base": str(model_dir), "rank": config["r"]}
+        (output_dir / "README.md").write_text(card(name, base, config, stamp))
+        return {"base": name, "revision": config["revision"], "rank": config["r"]}
+
+
+def origin(model_dir: Path) -> tuple[str, str | None]:
+    """Hub id and revision of a folder in the Hub's cache, or for any other its path and None."""
+    found = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$", model_dir.as_posix())
+    return (f"{found[1]}/{found[2]}", found[3]) if found else (str(model_dir), None)
 
 
 def card(model_dir: str, base: dict, config: dict, stamp: dict) -> str:
     """The model card: what it corrects, how it was trained, and the lines that load it."""
     trained = "\n".join(
-        f"- {key}: {value}" for key, value in stamp.items() if key not in ("packed_sha256", "format_version")
+        f"- {key}: {value}" for key, value in stamp.items() if key not in ("packed_sha256", "format_version", "history")
     )
     return f"""---
 base_model: {model_dir}

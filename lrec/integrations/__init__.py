@@ -13,18 +13,20 @@ from importlib.abc import MetaPathFinder
 AFTER = {
     "transformers.quantizers.auto": "lrec.integrations.transformers",
     "peft.tuners.lora.model": "lrec.integrations.peft",
+    "peft.peft_model": "lrec.integrations.stamp",
+    "transformers.integrations.peft": "lrec.integrations.stamp",
 }
 
 
 class ImportAfter(MetaPathFinder):
-    """Imports the module `then` as soon as `awaited` has been imported, and leaves `sys.meta_path`."""
+    """Calls `register` of the module `then` once `awaited` has been imported, and leaves `sys.meta_path`."""
 
     def __init__(self, awaited: str, then: str):
         self.awaited = awaited
         self.then = then
 
     def find_spec(self, fullname, path=None, target=None):
-        """The awaited module's own spec, whose loader goes on to import `then`; None for every other module."""
+        """The awaited module's own spec, whose loader goes on to `then`; None for every other module."""
         if fullname != self.awaited:
             return None
         position = sys.meta_path.index(self)
@@ -41,7 +43,7 @@ class ImportAfter(MetaPathFinder):
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            importlib.import_module(self.then)
+            _register(self.then)
 
         spec.loader.exec_module = exec_module
         return spec
@@ -52,6 +54,13 @@ def arrange() -> None:
     waiting = {finder.awaited for finder in sys.meta_path if isinstance(finder, ImportAfter)}
     for awaited, then in AFTER.items():
         if awaited in sys.modules:
-            importlib.import_module(then)
+            _register(then)
         elif awaited not in waiting:
             sys.meta_path.insert(0, ImportAfter(awaited, then))
+
+
+def _register(name: str) -> None:
+    module = importlib.import_module(name)
+    # One that is only now being imported registers at its end.
+    if hasattr(module, "register"):
+        module.register()

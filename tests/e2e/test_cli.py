@@ -132,6 +132,46 @@ def test_exported_adapter_is_a_plain_peft_repository(place):
     assert checkpoint.read_json(place / "O" / "adapter_config.json")["base_model_name_or_path"] == str(place / "Q")
 
 
+def test_peft_alone_refuses_an_adapter_of_another_base(place, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    words = [
+        "--model",
+        "M",
+        "--bits",
+        "3",
+        "--group_size",
+        "32",
+        "--method",
+        "rtn",
+        "--output_dir",
+        str(tmp_path / "Q3"),
+    ]
+    assert run(place, "quantize", *words) == 0
+    words = ["--model", "Q", "--adapter", "A", "--format", "adapter", "--base", "me/tiny", "--revision", "abc"]
+    assert run(place, "export", *words, "--output_dir", str(tmp_path / "O")) == 0
+    config = checkpoint.read_json(tmp_path / "O" / "adapter_config.json")
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/tiny", "abc")
+    right, wrong = (AutoModelForCausalLM.from_pretrained(path) for path in (place / "Q", tmp_path / "Q3"))
+    for _ in ("stamp and header", "header alone"):
+        with pytest.raises(ValueError, match="was made for a base with packed weights"):
+            PeftModel.from_pretrained(wrong, tmp_path / "O")
+        with pytest.raises(ValueError, match="was made for a base with packed weights"):
+            wrong.load_adapter(str(tmp_path / "O"))
+        (tmp_path / "O" / checkpoint.ADAPTER_STAMP).unlink(missing_ok=True)
+    assert PeftModel.from_pretrained(right, tmp_path / "O").peft_config["default"].r == 8
+
+
+def test_the_base_of_an_adapter_is_what_the_hub_calls_it(tmp_path):
+    from lrec.export.adapter import origin
+
+    revision = "0123456789abcdef" * 2 + "01234567"
+    snapshot = tmp_path / "models--owner--some--name" / "snapshots" / revision
+    assert origin(snapshot) == ("owner/some--name", revision)
+    assert origin(tmp_path / "Q") == (str(tmp_path / "Q"), None)
+
+
 def test_an_interrupted_pass_goes_on_to_the_same_bytes(place, tmp_path, monkeypatch):
     words = ["--model", str(place / "M"), "--dataset", str(place / "text.txt"), "--group_size", "32", *CALIBRATION]
     straight, broken = tmp_path / "straight", tmp_path / "broken"

@@ -1,0 +1,52 @@
+"""An adapter that corrects one packed model is refused on another, whoever loads it: peft or transformers.
+
+Both have a `load_adapter`; each is wrapped once its library has been imported.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from lrec import checkpoint
+from lrec.nn import PackedLinear
+
+LOADERS = {"peft.peft_model": "PeftModel", "transformers.integrations.peft": "PeftAdapterMixin"}
+
+
+def checked(load: Callable) -> Callable:
+    """A `load_adapter` that raises ValueError for an adapter stamped for other packed weights than the model's.
+
+    A folder is looked at before it is loaded; of the Hub's files, the one that was fetched, after.
+    """
+
+    @functools.wraps(load)
+    def load_adapter(self, source=None, *args, **kwargs):
+        packed = any(isinstance(module, PackedLinear) for module in self.modules())
+        if not packed or not isinstance(source, (str, os.PathLike)):
+            return load(self, source, *args, **kwargs)
+        if Path(source).is_dir():
+            checkpoint.check_stamp(Path(source), checkpoint.packed_sha256(self))
+            return load(self, source, *args, **kwargs)
+        loaded = load(self, source, *args, **kwargs)
+        from huggingface_hub import try_to_load_from_cache
+
+        fetched = try_to_load_from_cache(source, "adapter_model.safetensors", revision=kwargs.get("revision"))
+        if isinstance(fetched, str):
+            checkpoint.check_stamp(Path(fetched).parent, checkpoint.packed_sha256(self))
+        return loaded
+
+    load_adapter.by_lrec = True
+    return load_adapter
+
+
+def register() -> None:
+    """Wraps those of the two that have been imported. Calling it again changes nothing."""
+    for module, name in LOADERS.items():
+        owner = getattr(sys.modules.get(module), name, None)
+        if owner is not None and not hasattr(owner.load_adapter, "by_lrec"):
+            owner.load_adapter = checked(owner.load_adapter)
+
+
+register()
