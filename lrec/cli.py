@@ -13,6 +13,7 @@ from lrec import options, registry
 
 VERBS = {
     "quantize": "pack a full-precision model into 2, 3, 4 or 8 bits, one block at a time",
+    "import": "take over a GPTQ, AWQ, compressed-tensors or bitsandbytes checkpoint, bit for bit",
     "cache": "run a teacher over the training text once and keep its targets on disk",
     "train": "train an adapter that corrects the quantization error, by KL to the teacher",
     "compare": "a table of methods on one model and text, and a picture",
@@ -51,6 +52,13 @@ def cache(values: dict) -> dict:
 
     run, settings = options.fill(values, Cache, CaptureSettings)
     return run.run(settings)
+
+
+def import_(values: dict) -> dict:
+    """`lrec import`."""
+    from lrec.runs import Import
+
+    return options.fill(values, Import)[0].run()
 
 
 def train(values: dict) -> dict:
@@ -156,6 +164,7 @@ def help_text(verb: str | None, values: dict) -> str:
             PassSettings,
             restore.Preprocess,
         ),
+        "import": lambda: (runs.Import,),
         "cache": lambda: (runs.Cache, CaptureSettings),
         "train": lambda: (correction.Train,),
         "compare": lambda: (compare.Compare,),
@@ -208,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
 
         with contextlib.redirect_stdout(sys.stderr):
             load.quiet()
-            report = globals()[verb](values)
+            report = globals()["import_" if verb == "import" else verb](values)
         print(json.dumps(report) if as_json else show(report))
         return int(bool(report.get("failed")))
     except ValueError as error:

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lrec import checkpoint, export, load, machine, text
+from lrec import checkpoint, export, imports, load, machine, text
 from lrec.blocks import Calibration, Pass, PassSettings
 from lrec.capture import Capture, CaptureSettings
 from lrec.options import setting
@@ -68,6 +68,18 @@ class Quantize(Text, Place):
         ids = self.input_ids(load.tokenizer(self.model), self.seed)
         about = {"dataset": self.dataset, "num_samples": len(ids), "max_length": self.max_length, "seed": self.seed}
         return Calibration(ids, about)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """`lrec import`: a packed model from what another tool has quantized, without quantizing again."""
+
+    model: str = field(metadata={"help": "local directory or Hub id of a quantized checkpoint"})
+    output_dir: str = field(metadata={"help": "new directory for the packed model"})
+
+    def run(self) -> dict:
+        """Writes the packed model; the report."""
+        return imports.take_over(text.model_path(self.model), Path(self.output_dir))
 
 
 @dataclass(frozen=True, kw_only=True)

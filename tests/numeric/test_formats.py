@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from lrec import formats, kernels, registry
 from lrec.formats.binary import Binary
 from lrec.formats.codebook import Codebook, dynamic_levels
+from lrec.formats.indexed import Indexed
 from lrec.formats.outlier import Outlier
 from lrec.formats.salient import Salient
 from lrec.formats.ternary import Ternary
@@ -70,6 +71,23 @@ def read_uniform(p):
         normal = (32 + scale % 32) * 2 ** (exponent + scale // 32 - 12)
         scale = torch.where(scale < 32, scale * 2 ** (exponent - 11), normal)
     return scale[:, group] * (q - zero)
+
+
+def make_indexed(N, K, kind):
+    bits, zero = kind
+    G = math.ceil(K / 16)
+    zeros = formats.pack_codes(random_codes((G, N), bits), bits) if zero == "int" else None
+    qweight, group = formats.pack_codes(random_codes((N, K), bits), bits), torch.randint(0, G, (K,)).int()
+    return Indexed(shape=(N, K), bits=bits, qweight=qweight, scale=halves(N, G), group=group, zero=zeros)
+
+
+def read_indexed(p):
+    N, K = p.shape
+    zero = torch.full((N, p.scale.shape[1]), 2.0 ** (p.bits - 1), dtype=torch.float64)
+    if p.zero is not None:
+        zero = rows_of(p.zero, p.bits, N).t()
+    group = p.group.long()
+    return p.scale.double()[:, group] * (rows_of(p.qweight, p.bits, K) - zero[:, group])
 
 
 def make_codebook(N, K, kind):
@@ -199,6 +217,7 @@ FORMATS = {
     "binary": (make_binary, read_binary, [(1, 16), (2, 16), (3, 0), (4, 16)]),
     "ternary": (make_ternary, read_ternary, [0, 16]),
     "salient": (make_salient, read_salient, [5, 2]),
+    "indexed": (make_indexed, read_indexed, [(2, "int"), (3, "none"), (4, "int")]),
     "outlier": (
         make_outlier,
         read_outlier,

@@ -1,0 +1,122 @@
+"""What others have quantized, taken over without quantizing again: one source a file, each an `Import`.
+
+A source tells how the tensors of one layer are to be read; walking the blocks and writing the packed directory are the
+same for all. The file's name is the checkpoint's `quant_method`.
+"""
+
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lrec import anatomy, checkpoint, registry
+from lrec.assembly import Assembly
+from lrec.fold import carried_row
+from lrec.formats import Packed
+
+
+class Import:
+    """One kind of checkpoint. A layer is packed if it has the tensor `mark`."""
+
+    mark: ClassVar[str]
+
+    @classmethod
+    def read(cls, name: str, tensors: dict[str, Tensor], shape: tuple[int, int], config: dict) -> Packed:
+        """A layer from its tensors, by what follows its name; `config` is the checkpoint's quantization_config.
+
+        Decodes to what the source library makes of it, bit for bit in float32. Raises ValueError for what no packed
+        format of lrec holds.
+        """
+        raise NotImplementedError
+
+
+Base = Import
+
+
+def take_over(model_dir: Path, output_dir: Path) -> dict:
+    """Writes a quantized checkpoint as a packed model of lrec, one block in memory at a time; the report.
+
+    Raises ValueError naming the layer for whatever cannot be taken over, or if the checkpoint is not quantized.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    told = checkpoint.read_json(model_dir / "config.json").get("quantization_config")
+    if told is None or told.get("quant_method") == "lrec":
+        raise ValueError(f"{model_dir} is {'packed by lrec already' if told else 'not quantized: use `lrec quantize`'}")
+    method = str(told.get("quant_method"))
+    source = registry.find("imports", method.replace("-", "_"))
+    config = AutoConfig.from_pretrained(model_dir)
+    del config.quantization_config
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    blocks = anatomy.find_blocks(model)
+    assembly = Assembly(output_dir, checkpoint.fingerprint(model_dir), len(blocks.modules))
+    parts, dense = keys_by_block(model_dir, blocks), 0
+    for index in range(assembly.num_done, len(blocks.modules)):
+        start, rows = time.monotonic(), []
+        tensors = {key: tensor for file, keys in parts[index].items() for key, tensor in read_keys(file, keys)}
+        for linear, module in anatomy.linears(blocks.modules[index]).items():
+            name = f"{blocks.name(index)}.{linear}"
+            if f"{name}.{source.mark}" in tensors:
+                packed = read_layer(source, name, tensors, tuple(module.weight.shape), told)
+                tensors |= {f"{name}.{key}": tensor for key, tensor in packed.tensors().items()}
+                rows.append(carried_row(name, packed))
+                rows[-1]["bits"] = packed.bits
+            else:
+                dense += module.weight.numel()
+        assembly.save(tensors, rows, {}, time.monotonic() - start)
+    weights = sum(row["shape"][0] * row["shape"][1] for row in assembly.rows)
+    if not weights:
+        raise ValueError(f"{model_dir} says {method}, but no layer of its blocks has a {source.mark}")
+    rest = {key: tensor for file, keys in parts[None].items() for key, tensor in read_keys(file, keys)}
+    if packed := [key for key in rest if key.endswith(f".{source.mark}")]:
+        raise ValueError(f"{', '.join(packed)}: lrec packs layers inside the blocks only; use a checkpoint without")
+    about = {"method": method, "settings": {}, "base_model": str(model_dir), "imported_from": told}
+    report = assembly.finish(rest, config, about, model_dir, weights / (weights + dense))
+    return {"source": method} | report
+
+
+def read_layer(source: type[Import], name: str, tensors: dict, shape: tuple[int, int], config: dict) -> Packed:
+    """Takes a layer's tensors, but its bias, out of `tensors` and reads them; errors begin with the layer's name."""
+    own = [key for key in tensors if key.startswith(f"{name}.") and key != f"{name}.bias"]
+    held = {key.removeprefix(f"{name}."): tensors.pop(key) for key in own}
+    try:
+        packed = source.read(name, held, shape, config)
+    except (ValueError, KeyError) as error:
+        missing = f"the tensor or setting {error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{name}: {missing}") from error
+    if packed.shape != shape:
+        raise ValueError(f"{name}: holds a weight of shape {packed.shape}, but the model's is {shape}")
+    return packed
+
+
+def keys_by_block(model_dir: Path, blocks: anatomy.Blocks) -> dict[int | None, dict[Path, list[str]]]:
+    """The checkpoint's keys by block, None for all outside, and in each by file."""
+    parts = defaultdict(lambda: defaultdict(list))
+    for path in checkpoint.weight_files(model_dir):
+        with checkpoint.open_tensors(path) as file:
+            for key in file.keys():  # noqa: SIM118  (safe_open is not a dict)
+                index = key.removeprefix(f"{blocks.path}.").split(".")[0]
+                inside = key.startswith(f"{blocks.path}.") and index.isdigit()
+                parts[int(index) if inside else None][path].append(key)
+    return parts
+
+
+def read_keys(path: Path, keys: list[str]) -> list[tuple[str, Tensor]]:
+    """(key, tensor) of some keys of a file."""
+    with checkpoint.open_tensors(path) as file:
+        return [(key, file.get_tensor(key)) for key in keys]
+
+
+def exact_scale(scale: Tensor) -> Tensor:
+    """A float scale as float16 if that holds it, else as float32."""
+    return half if torch.equal((half := scale.half()).float(), scale.float()) else scale.float()
+
+
+def unless_middle(zero_NG: Tensor, bits: int) -> Tensor | None:
+    """None for zero points that are all in the middle, which the symmetric grid need not store."""
+    return None if bool((zero_NG == 2 ** (bits - 1)).all()) else zero_NG

@@ -1,0 +1,165 @@
+"""Checkpoints of other tools, taken over: what is decoded is what they decode, bit for bit."""
+
+import json
+
+import pytest
+import torch
+from checks import assert_close
+from safetensors.torch import load_file, save_file
+from test_exports import decoded, export, packed_model, read_compressed, read_gptq, uniform
+
+from lrec import load, registry
+from lrec.cli import main
+from lrec.export import compressed_tensors, gptq
+from lrec.formats.indexed import Indexed
+from lrec.imports.awq import ORDER
+
+
+def read(source, tensors, config):
+    return registry.find("imports", source).read("layer", tensors, None, config)
+
+
+def take_over(source, directory):
+    return main(["import", "--model", str(source), "--output_dir", str(directory)])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("order", ["sorted", "absent", "act-order"])
+def test_gptq_layers_decode_by_the_layout(bits, version, order):
+    for symmetric, group_size in [(True, 32), (False, 32), (False, 96)]:
+        tensors = gptq.fields(uniform(64, 96, bits, group_size, symmetric, least_zero=int(version == "gptq")), version)
+        if order == "act-order":
+            tensors["g_idx"] = tensors["g_idx"][torch.randperm(96)]
+        expected = read_gptq(tensors, bits, version)
+        if order == "absent":
+            del tensors["g_idx"]
+        packed = read("gptq", tensors, {"bits": bits, "checkpoint_format": version})
+        assert torch.equal(packed.unpack().double(), expected)
+        assert isinstance(packed, Indexed) == (order == "act-order" and group_size < 96)
+        assert ("zero" in packed.tensors()) == (not symmetric)
+
+
+def test_gptq_version_1_wraps_a_zero_point_of_0_as_autogptq_does():
+    v2 = gptq.fields(uniform(32, 32, 4, 32, False), "gptq_v2")
+    v1 = {**v2, "qzeros": torch.full_like(v2["qzeros"], -1)}  # every field is 15, which plus one is 0
+    packed = read("gptq", v1, {"bits": 4})
+    assert not packed.zeros().any() and packed.codes().any()
+
+
+def test_gptq_layers_that_dynamic_names_have_their_own_width():
+    tensors = gptq.fields(uniform(32, 64, 3, 32, True), "gptq")
+    expected = read_gptq(tensors, 3, "gptq")
+    config = {"bits": 4, "dynamic": {"-:.*head": {}, r"+:^lay.*$": {"bits": 3}}}
+    assert torch.equal(read("gptq", tensors, config).unpack().double(), expected)
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize("words", [["--bits", "2", "--group_size", "16"], ["--bits", "3", "--symmetric"]])
+def test_what_we_export_comes_back_bit_for_bit(dense, tmp_path, format, words):
+    model = packed_model(dense, tmp_path / "Q", *words)
+    assert export(model, tmp_path / "O", format) == 0
+    assert take_over(tmp_path / "O", tmp_path / "I") == 0
+    ours, theirs = decoded(model), decoded(tmp_path / "I")
+    assert ours.keys() == theirs.keys() and all(torch.equal(w, theirs[name]) for name, w in ours.items())
+    ids = torch.arange(32)[None]
+    with torch.no_grad():
+        assert torch.equal(load.model(str(model))(ids).logits, load.model(str(tmp_path / "I"))(ids).logits)
+
+
+@pytest.mark.parametrize(("quant_type", "double"), [("nf4", True), ("nf4", False), ("fp4", True)])
+def test_bitsandbytes_decodes_to_the_same_bits(dense, tmp_path, quant_type, double):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double)
+    theirs = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "B")
+    (tmp_path / "B" / "tokenizer.json").write_bytes((dense / "tokenizer.json").read_bytes())
+    assert take_over(tmp_path / "B", tmp_path / "I") == 0
+    layers = decoded(tmp_path / "I")
+    assert len(layers) == 14
+    for name, weight in layers.items():
+        module = theirs.get_submodule(name)
+        expected = functional.dequantize_4bit(module.weight, module.weight.quant_state)
+        assert expected.dtype == torch.float32 and torch.equal(weight, expected), name
+
+
+def test_awq_decodes_by_the_layout():
+    torch.manual_seed(1)
+    N, K, G = 32, 96, 3
+    q, zero = torch.randint(0, 16, (K, N)), torch.randint(0, 16, (G, N))
+    scales = torch.rand(G, N).half()
+
+    def words(fields):
+        """Column 8 j + ORDER[i] in field i of word j, as unsigned sums brought into int32."""
+        packed = torch.zeros(len(fields), N // 8, dtype=torch.int64)
+        for j in range(N // 8):
+            for i, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+                packed[:, j] += fields[:, 8 * j + column] * 16**i
+        return torch.where(packed >= 2**31, packed - 2**32, packed).int()
+
+    tensors = {"qweight": words(q), "qzeros": words(zero), "scales": scales}
+    group = torch.arange(K) // (K // G)
+    expected = (scales.double()[group] * (q - zero[group])).t()
+    packed = read("awq", tensors, {"bits": 4, "version": "gemm"})
+    assert torch.equal(packed.unpack().double(), expected) and ORDER == (0, 2, 4, 6, 1, 3, 5, 7)
+    with pytest.raises(ValueError, match="allowed: gemm with 4 bits"):
+        read("awq", tensors, {"bits": 4, "version": "gemv"})
+
+
+def test_compressed_tensors_of_odd_sizes_and_act_order():
+    for bits in (2, 3, 4, 8):
+        tensors = compressed_tensors.fields(uniform(41, 100, bits, 20, False))
+        expected = read_compressed(tensors, bits)
+        assert torch.equal(read("compressed_tensors", dict(tensors), {}).unpack().double(), expected)
+        order = torch.randperm(100)
+        tensors["weight_g_idx"] = (torch.arange(100) // 20)[order].int()
+        scale, zero = tensors["weight_scale"].double(), uniform(41, 100, bits, 20, False)
+        packed = read("compressed_tensors", tensors, {})
+        group = tensors["weight_g_idx"].long()
+        assert isinstance(packed, Indexed) and zero.shape == packed.shape
+        levels = (expected / scale.repeat_interleave(20, 1)).round()
+        zeros = read_zeros(tensors, bits)
+        codes = levels + zeros.repeat_interleave(20, 1)
+        assert_close(packed.unpack().double(), scale[:, group] * (codes - zeros[:, group]), 1e-12)
+
+
+def read_zeros(tensors, bits):
+    """Zero points (N, G) as unsigned codes."""
+    N, G = tensors["weight_scale"].shape
+    columns = tensors["weight_zero_point"].t().contiguous()
+    numbers = [int.from_bytes(column.numpy().tobytes(), "little") for column in columns]
+    return torch.tensor([[(number >> (n * bits)) % 2**bits for number in numbers] for n in range(N)]).double()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quant_method": "aqlm"}, "unknown import 'aqlm'; allowed: awq, bitsandbytes, compressed_tensors, gptq"),
+        ({"checkpoint_format": "marlin"}, "layers.0.self_attn.q_proj: the layout is 'marlin'"),
+        (None, "is not quantized: use `lrec quantize`"),
+    ],
+)
+def test_what_cannot_be_taken_over_is_refused(dense, tmp_path, capsys, change, message):
+    model = packed_model(dense, tmp_path / "Q", "--bits", "4", "--symmetric")
+    assert export(model, tmp_path / "O", "gptq") == 0
+    config = json.loads((tmp_path / "O" / "config.json").read_text())
+    told = config.pop("quantization_config")
+    config |= {} if change is None else {"quantization_config": told | change}
+    (tmp_path / "O" / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert take_over(tmp_path / "O", tmp_path / "I") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "I" / "config.json").exists()
+
+
+def test_a_missing_tensor_is_named(dense, tmp_path, capsys):
+    model = packed_model(dense, tmp_path / "Q", "--bits", "4")
+    assert export(model, tmp_path / "O", "gptq") == 0
+    path = tmp_path / "O" / "model-00001-of-00003.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.0.mlp.up_proj.scales"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert take_over(tmp_path / "O", tmp_path / "I") == 2
+    assert "model.layers.0.mlp.up_proj: the tensor or setting 'scales' is missing" in capsys.readouterr().err
