@@ -12,6 +12,7 @@ import torch
 from lrec import formats, kernels, registry
 from lrec.formats.binary import Binary
 from lrec.formats.codebook import Codebook
+from lrec.formats.indexed import Indexed
 from lrec.formats.outlier import Outlier
 from lrec.formats.salient import Salient
 from lrec.formats.ternary import Ternary
@@ -71,6 +72,14 @@ def salient(N, K, share=0.2):
     return Salient.pack(
         mask, four_bits, torch.randint(0, 2, (N, K - S)), (torch.rand(N), torch.randn(N), torch.rand(K - S))
     )
+
+
+def indexed(N, K, bits):
+    """Groups that are no runs of columns."""
+    qweight, G = formats.pack_codes(torch.randint(0, 2**bits, (N, K)), bits), groups(K, 32)
+    zero = formats.pack_codes(torch.randint(0, 2**bits, (G, N)), bits)
+    scale, group = torch.rand(N, G) + 0.1, torch.randint(0, G, (K,)).int()
+    return Indexed(shape=(N, K), bits=bits, qweight=qweight, scale=scale, group=group, zero=zero)
 
 
 def ternary(N, K, group_size):
@@ -135,6 +144,7 @@ EXAMPLES = {
         "groups-of-20": (ternary, 37, 576, 20),
         "tiny": (ternary, 3, 3, 0),
     },
+    "indexed": {"3bit": (indexed, 41, 401, 3), "4bit": (indexed, 37, 1271, 4)},
 }
 
 

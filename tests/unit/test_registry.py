@@ -7,7 +7,7 @@ import pytest
 
 from lrec import registry
 
-FOLDERS = ("formats", "quantizers", "kernels")
+FOLDERS = ("formats", "quantizers", "kernels", "export", "imports")
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
