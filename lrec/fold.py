@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrec import anatomy, checkpoint, rewrite
+from lrec import anatomy, formats, rewrite
 from lrec.assembly import Assembly
-from lrec.blocks import collect, layer_row, replace
-from lrec.formats import Packed
+from lrec.blocks import collect, layer_row, packed_row
 from lrec.lora_files import LoraFiles
-from lrec.nn import PackedLinear
+from lrec.nn import PackedLinear, replace
 from lrec.quantizers import quantize_layer
 from lrec.quantizers.gptq import GPTQ
 from lrec.report import packed_config
@@ -50,13 +49,19 @@ def fold(streamed: StreamedModel, adapter: LoraFiles, specs: dict[str, dict], id
         advance(block, name, states, calls[index])
         streamed.free(index)
     weights = sum(row["shape"][0] * row["shape"][1] for row in assembly.rows)
-    assembly.finish(
-        streamed.stored(None),
-        streamed.config,
-        about(streamed, adapter),
-        streamed.directory,
-        weights / (weights + dense),
-    )
+    rest = streamed.stored(None)
+    assembly.save_rest(rest, rest_rows(streamed.directory, rest))
+    assembly.finish(streamed.config, told, streamed.directory, share)
+
+
+def rest_rows(model_dir: Path, tensors: dict[str, Tensor]) -> list[dict]:
+    """A row for each packed layer that is in no block, of the tensors there."""
+    rows = []
+    for name, spec in rewrite.packed(model_dir).items():
+        if not anatomy.in_block(name):
+            packed = formats.build({held: tensors[f"{name}.{held}"] for held in spec["tensors"]}, spec)
+            rows.append(packed_row(name, packed) | {"bits": spec["bits"]})
+    return rows
 
 
 def fold_block(block: nn.Module, name: str, adapter: LoraFiles, states: list[Tensor], call: BlockCall) -> list[dict]:
@@ -74,7 +79,7 @@ def fold_block(block: nn.Module, name: str, adapter: LoraFiles, states: list[Ten
             packed = quantize_layer(layer, w_NK, quantizer, statistics)
             rows.append(layer_row(layer, packed, w_NK - packed.unpack(), w_NK, statistics.hessian_KK))
             replace(block, linear, packed)
-    rows += [carried_row(f"{name}.{linear}", packed) for linear, packed in before.items()]
+    rows += [packed_row(f"{name}.{linear}", packed) for linear, packed in before.items()]
     return [row | {"bits": row["spec"]["bits"]} for row in rows]
 
 
@@ -89,18 +94,6 @@ def add(block: nn.Module, name: str, adapter: LoraFiles) -> list[str]:
             block.set_submodule(linear, dense)
             adapted.append(linear)
     return adapted
-
-
-def carried_row(layer: str, packed: Packed) -> dict:
-    """What the report says of a layer that stays as it was."""
-    return {
-        "name": layer,
-        "shape": list(packed.shape),
-        "bits_per_weight": packed.bits_per_weight,
-        "bytes": packed.nbytes,
-        "sha256": checkpoint.tensors_hash(packed.tensors()),
-        "spec": packed.spec(),
-    }
 
 
 def quantizer_of(spec: dict) -> GPTQ:

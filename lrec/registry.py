@@ -1,8 +1,8 @@
 """Name -> member of a plug-in folder.
 
-A plug-in folder (`formats`, `quantizers`, `kernels`, `export`, `imports`) declares one base class in its `__init__.py`; every
-other file of it holds one subclass, and the file's name is the member's name. Nothing is listed by hand: putting a
-file there registers it, and only the file asked for is imported.
+A plug-in folder (`formats`, `quantizers`, `kernels`, `export`, `imports`) declares one base class in its `__init__.py`;
+every other file of it holds one subclass, and the file's name is the member's name. Nothing is listed by hand: putting
+a file there registers it, and only the file asked for is imported.
 """
 
 import difflib

@@ -50,13 +50,13 @@ class Gguf(Export):
         writer.add_uint32("lrec.q2_0.block_size", blocks.BLOCKS["q2_0"].size)
         parts = [*range(len(streamed)), None]
         for part in parts:
-            for name, array, shape, kind in self._tensors(streamed, part, names, specs, types):
+            for name, array, shape, kind in self._tensors(streamed, part, names, types):
                 add_info(writer, name, array, shape, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for part in parts:
-            for _, array, _, _ in self._tensors(streamed, part, names, specs, types):
+            for _, array, _, _ in self._tensors(streamed, part, names, types):
                 writer.write_tensor_data(array)
         writer.close()
         return {"containers": dict(counts)}
@@ -72,13 +72,17 @@ class Gguf(Export):
         )
 
     def _tensors(
-        self, streamed: StreamedModel, part: int | None, names: model.Names, specs: dict, types: dict
+        self, streamed: StreamedModel, part: int | None, names: model.Names, types: dict
     ) -> Iterator[tuple[str, np.ndarray, tuple, int | None]]:
         """(name, data, shape, ggml type or None if the array's own) of one part of the model."""
         tensors = streamed.stored(part)
-        for name in [name for name in specs if f"{name}.qweight" in tensors]:
-            spec = specs[name]
+        for name, spec in rewrite.packed(streamed.directory).items():
+            if f"{name}.qweight" not in tensors:
+                continue
             packed = formats.build({held: tensors.pop(f"{name}.{held}") for held in spec["tensors"]}, spec)
+            if name not in types:
+                tensors |= {f"{name}.{key}": t for key, t in rewrite.decoded(packed, streamed).items()}
+                continue
             order = names.row_order(f"{name}.weight")
             rows = blocks.encode(packed, types[name])
             kind = blocks.BLOCKS[types[name]].id

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lrec import anatomy, checkpoint, registry
 from lrec.assembly import Assembly
-from lrec.fold import carried_row
+from lrec.blocks import packed_row
 from lrec.formats import Packed
 
 
@@ -64,8 +64,7 @@ def take_over(model_dir: Path, output_dir: Path) -> dict:
             if f"{name}.{source.mark}" in tensors:
                 packed = read_layer(source, name, tensors, tuple(module.weight.shape), told)
                 tensors |= {f"{name}.{key}": tensor for key, tensor in packed.tensors().items()}
-                rows.append(carried_row(name, packed))
-                rows[-1]["bits"] = packed.bits
+                rows.append(packed_row(name, packed) | {"bits": packed.bits})
             else:
                 dense += module.weight.numel()
         assembly.save(tensors, rows, {}, time.monotonic() - start)
@@ -76,7 +75,8 @@ def take_over(model_dir: Path, output_dir: Path) -> dict:
     if packed := [key for key in rest if key.endswith(f".{source.mark}")]:
         raise ValueError(f"{', '.join(packed)}: lrec packs layers inside the blocks only; use a checkpoint without")
     about = {"method": method, "settings": {}, "base_model": str(model_dir), "imported_from": told}
-    report = assembly.finish(rest, config, about, model_dir, weights / (weights + dense))
+    assembly.save_rest(rest, [])
+    report = assembly.finish(config, about, model_dir, weights / (weights + dense))
     return {"source": method} | report
 
 

@@ -12,7 +12,7 @@ from lrec import load
 from lrec.cli import main
 from lrec.export import compressed_tensors, gptq
 from lrec.formats.uniform import Uniform
-from lrec.integrations.transformers import packed_layers
+from lrec.nn import packed_modules
 
 
 def packed_model(dense, directory, *words):
@@ -27,7 +27,7 @@ def export(model, directory, format, *words):
 
 def decoded(model) -> dict:
     """What lrec makes of each packed layer, float32 by name."""
-    return {name: layer.packed.unpack() for name, layer in packed_layers(load.model(str(model))).items()}
+    return {name: layer.packed.unpack() for name, layer in packed_modules(load.model(str(model))).items()}
 
 
 def stored(directory) -> dict:
@@ -101,7 +101,7 @@ def test_gptq_writes_a_model_in_the_version_that_holds_it(dense, tmp_path, words
 
 def test_gptq_version_1_refuses_a_zero_of_0(dense, tmp_path, capsys):
     model = packed_model(dense, tmp_path / "Q", "--group_size", "16")
-    assert any(not layer.packed.zeros().all() for layer in packed_layers(load.model(str(model))).values())
+    assert any(not layer.packed.zeros().all() for layer in packed_modules(load.model(str(model))).values())
     assert export(model, tmp_path / "O", "gptq", "--checkpoint_format", "gptq") == 2
     assert "zero point of 0" in capsys.readouterr().err and not (tmp_path / "O").exists()
 

@@ -8,8 +8,8 @@ from test_exports import export, packed_model
 
 from lrec import load
 from lrec.formats.uniform import Uniform
-from lrec.integrations.transformers import packed_layers
 from lrec.lora_files import LoraFiles
+from lrec.nn import packed_modules
 
 TEXT = "the quick brown fox jumps over the lazy dog while seven wizards box with a jovial yak. "
 
@@ -43,7 +43,7 @@ def test_adapted_layers_move_to_base_plus_adapter_and_others_stay(place, tmp_pat
     told = json.loads(capsys.readouterr().out)
     assert told["kl_corrected"] == pytest.approx(0, abs=1e-6) and 0 < told["kl_packed"] < 0.2 * told["kl_base"]
     assert told["lost"] == pytest.approx(told["kl_packed"] / told["kl_base"], rel=1e-3)
-    base, folded = (packed_layers(load.model(str(path))) for path in (place / "Q", tmp_path / "O"))
+    base, folded = (packed_modules(load.model(str(path))) for path in (place / "Q", tmp_path / "O"))
     adapter = LoraFiles(place / "A", None)
     assert base.keys() == folded.keys()
     for name, layer in folded.items():
@@ -82,7 +82,7 @@ def test_an_adapter_of_zeros_changes_no_bit(place, tmp_path):
     (tmp_path / "A" / "adapter_config.json").write_bytes((place / "A" / "adapter_config.json").read_bytes())
     words = ["--adapter", str(tmp_path / "A"), "--dataset", str(place / "text.txt"), "--max_length", "32", "--force"]
     assert export(place / "Q", tmp_path / "O", "packed", "--num_samples", "2", "--eval_samples", "2", *words) == 0
-    base, folded = (packed_layers(load.model(str(path))) for path in (place / "Q", tmp_path / "O"))
+    base, folded = (packed_modules(load.model(str(path))) for path in (place / "Q", tmp_path / "O"))
     for name, layer in folded.items():
         assert isinstance(layer.packed, Uniform)
         assert all(torch.equal(t, base[name].packed.tensors()[k]) for k, t in layer.packed.tensors().items())

@@ -10,7 +10,7 @@ from test_exports import export, packed_model, uniform
 
 from lrec import checkpoint, load
 from lrec.ggml import blocks, tokenizer
-from lrec.integrations.transformers import packed_layers
+from lrec.nn import packed_modules
 
 gguf = pytest.importorskip("gguf")
 
@@ -138,7 +138,7 @@ def test_a_q2_0_file_holds_the_model(dense, tmp_path):
     model = packed_model(dense, tmp_path / "Q", "--bits", "2", "--group_size", "64", "--symmetric")
     assert export(model, tmp_path / "O", "gguf") == 0
     settings, tensors = parse(tmp_path / "O" / "model.gguf")
-    layers = {name: layer.packed.unpack() for name, layer in packed_layers(load.model(str(model))).items()}
+    layers = {name: layer.packed.unpack() for name, layer in packed_modules(load.model(str(model))).items()}
     for name, weight in layers.items():
         _, _, index, module = name.split(".", 3)
         kind, shape, data = tensors.pop(f"blk.{index}.{HF[module]}.weight")
