@@ -49,9 +49,10 @@ def fold(streamed: StreamedModel, adapter: LoraFiles, specs: dict[str, dict], id
         advance(block, name, states, calls[index])
         streamed.free(index)
     weights = sum(row["shape"][0] * row["shape"][1] for row in assembly.rows)
+    share = weights / (weights + dense)
     rest = streamed.stored(None)
     assembly.save_rest(rest, rest_rows(streamed.directory, rest))
-    assembly.finish(streamed.config, told, streamed.directory, share)
+    assembly.finish(streamed.config, about(streamed, adapter), streamed.directory, share)
 
 
 def rest_rows(model_dir: Path, tensors: dict[str, Tensor]) -> list[dict]:

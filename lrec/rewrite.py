@@ -87,7 +87,7 @@ def rewrite(streamed: StreamedModel, output_dir: Path, convert: Convert, dtype: 
     """Writes shards and index: of each packed layer, `convert(name, packed)` by the names that follow the layer's.
 
     Packed embeddings and head, which other tools do not know, are decoded in the model's own dtype. All other tensors
-    are as stored. With a `dtype` all floats are in that.
+    are as stored; with a `dtype` all floats are in that.
     """
     specs, shards = packed(streamed.directory), []
     for part in [*range(len(streamed)), None]:
@@ -106,8 +106,13 @@ def rewrite(streamed: StreamedModel, output_dir: Path, convert: Convert, dtype: 
 
 
 def decoded(weight: Packed, streamed: StreamedModel) -> dict[str, Tensor]:
-    """A dense weight in the dtype that the model's config names."""
-    return {"weight": weight.unpack().to(streamed.config.dtype or torch.float32)}
+    """A dense weight in the model's own dtype."""
+    return {"weight": weight.unpack().to(own_dtype(streamed))}
+
+
+def own_dtype(streamed: StreamedModel) -> torch.dtype:
+    """That of the vectors stored outside the blocks (a final norm): the config may tell that of the computation."""
+    return next(t.dtype for t in streamed.stored(None).values() if t.is_floating_point() and t.ndim == 1)
 
 
 def finish(
@@ -118,8 +123,7 @@ def finish(
     del config.quantization_config
     if quantization is not None:
         config.quantization_config = quantization
-    if dtype is not None:
-        config.dtype = dtype
+    config.dtype = dtype or own_dtype(streamed)
     config.save_pretrained(output_dir)
     for path in checkpoint.tokenizer_files(streamed.directory):
         shutil.copyfile(path, output_dir / path.name)

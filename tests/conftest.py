@@ -36,7 +36,7 @@ def wikipedia_jsonl() -> dict[str, Path]:
 def dense(tmp_path_factory):
     """A directory with a tiny full-precision model whose sides are multiples of 64, saved in bfloat16."""
     directory = tmp_path_factory.mktemp("dense")
-    tiny_model(directory, intermediate_size=128, dtype=torch.bfloat16)
+    tiny_model(directory, intermediate_size=128).to(torch.bfloat16).save_pretrained(directory)
     told = json.loads((directory / "tokenizer.json").read_text())
     # Two merges in the place of two letters: GGUF has no tokenizer without.
     vocab = {token: i for token, i in told["model"]["vocab"].items() if i < 254}

@@ -89,6 +89,7 @@ def test_gptq_writes_a_model_in_the_version_that_holds_it(dense, tmp_path, words
     assert export(model, tmp_path / "O", "gptq") == 0
     config = json.loads((tmp_path / "O" / "config.json").read_text())["quantization_config"]
     assert config == json.loads((tmp_path / "O" / "quantize_config.json").read_text())
+    assert json.loads((tmp_path / "O" / "config.json").read_text())["dtype"] == "bfloat16"
     expected = {"quant_method": "gptq", "desc_act": False, "checkpoint_format": version, **told}
     assert {key: config[key] for key in expected} == expected and "dynamic" not in config
     tensors, layers = stored(tmp_path / "O"), decoded(model)
@@ -175,3 +176,12 @@ def test_what_a_target_cannot_hold_is_refused_with_the_nearest(dense, tmp_path, 
     assert export(tmp_path / "Q", tmp_path / "O", format) == 2
     assert re.search(message, capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["Q"]
+
+
+def test_packed_embeddings_are_decoded_for_others(dense, tmp_path):
+    model = packed_model(dense, tmp_path / "Q", "--bits", "2", "--group_size", "32", "--quantize_embeddings", "4")
+    embeddings = load.model(str(model)).get_input_embeddings()
+    expected = embeddings.packed.unpack().bfloat16()
+    for format in ("gptq", "merged"):
+        assert export(model, tmp_path / format, format) == 0
+        assert torch.equal(stored(tmp_path / format)["model.embed_tokens.weight"], expected)
