@@ -141,12 +141,13 @@ class Export:
     output_dir: str = field(metadata={"help": "new directory for the export"})
     format: str = field(metadata={"help": "one of the files in lrec/export"})
     adapter: str | None = setting(None, "peft adapter to export, merge or fold in")
+    check: bool = setting(False, "load it again with the tool it is for, if installed, and compare logits")
 
     def run(self, target: export.Export | None = None) -> dict:
         """Writes the export, by the target's defaults if none is given; what it wrote."""
         target = target or export.find(self.format)()
         adapter = self.adapter and Path(self.adapter)
-        return export.export(target, text.model_path(self.model), adapter, Path(self.output_dir))
+        return export.export(target, text.model_path(self.model), adapter, Path(self.output_dir), self.check)
 
 
 def total_bytes(model: str, adapter: str | None) -> int:

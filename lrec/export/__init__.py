@@ -1,22 +1,44 @@
 """What others can load: one target a file, each an `Export` that writes a directory from base and adapter.
 
-A target is a frozen dataclass whose fields are its settings.
+A target is a frozen dataclass whose fields are its settings. Before an export appears it can be checked: loaded again
+by the tool it is for, where that is installed, its logits are compared with those of base and adapter.
 """
 
+import importlib.util
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from lrec import registry
+import torch
+from torch import Tensor
+
+from lrec import load, registry
+
+PROBE = "The capital of France is Paris, and 17 times 3 is 51. In the beginning there was nothing but"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
     """One export target. `write` fills an empty directory; the caller makes it appear whole or not at all."""
 
+    # Packages that must be there to read the export, and the relative error of logits that is then allowed.
+    readers: ClassVar[tuple[str, ...]] = ("transformers",)
+    tolerance: ClassVar[float] = 1e-3
+
     def write(self, model_dir: Path, adapter_dir: Path | None, output_dir: Path) -> dict:
         """Writes the files and returns what to report. Raises ValueError if the target cannot hold the model."""
         raise NotImplementedError
+
+    def absent(self, output_dir: Path) -> list[str]:
+        """Packages without which `logits` cannot read the export."""
+        return [name for name in self.readers if importlib.util.find_spec(name) is None]
+
+    def logits(self, output_dir: Path, model_dir: Path, ids: Tensor) -> Tensor:
+        """What the export's own reader makes of `ids` (1, L): (1, L, V). `model_dir` is the base."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(output_dir, dtype=torch.float32)(ids).logits
 
 
 Base = Export
@@ -27,8 +49,8 @@ def find(name: str) -> type[Export]:
     return registry.find("export", name.replace("-", "_"))
 
 
-def export(target: Export, model_dir: Path, adapter_dir: Path | None, output_dir: Path) -> dict:
-    """Writes one export into a new directory, which appears only when it is complete.
+def export(target: Export, model_dir: Path, adapter_dir: Path | None, output_dir: Path, checked: bool = False) -> dict:
+    """Writes one export into a new directory, which appears only when it is complete and, if asked for, checked.
 
     Raises ValueError for a directory that is not empty, or a model the target cannot hold.
     """
@@ -40,6 +62,8 @@ def export(target: Export, model_dir: Path, adapter_dir: Path | None, output_dir
     partial.mkdir(parents=True)
     try:
         report = target.write(Path(model_dir), adapter_dir and Path(adapter_dir), partial)
+        if checked:
+            report |= check(target, Path(model_dir), adapter_dir and Path(adapter_dir), partial)
         if output_dir.exists():
             output_dir.rmdir()
         partial.rename(output_dir)
@@ -50,3 +74,23 @@ def export(target: Export, model_dir: Path, adapter_dir: Path | None, output_dir
         "output_dir": str(output_dir),
         "total_bytes": sum(p.stat().st_size for p in output_dir.iterdir()),
     } | report
+
+
+@torch.no_grad()
+def check(target: Export, model_dir: Path, adapter_dir: Path | None, output_dir: Path) -> dict:
+    """How far the export's logits, by its own reader, are from ours, and who read it; or which readers are not here.
+
+    Raises ValueError if they are further apart than the target's tolerance.
+    """
+    if absent := target.absent(output_dir):
+        return {"checked": f"no: {', '.join(absent)} not installed"}
+    ids = load.tokenizer(str(model_dir))(PROBE, return_tensors="pt").input_ids
+    expected = load.model(str(model_dir), adapter_dir and str(adapter_dir), "cpu", "float32")(ids).logits
+    found = target.logits(output_dir, model_dir, ids)
+    error = float((found - expected).norm() / expected.norm())
+    if not error <= target.tolerance:
+        raise ValueError(
+            f"the export, read again by {', '.join(target.readers)}, gives logits {error:.3g} from ours (allowed: "
+            f"{target.tolerance:g}); nothing was written"
+        )
+    return {"checked": f"by {', '.join(target.readers)}", "logits_error": error}

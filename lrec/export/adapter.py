@@ -9,6 +9,10 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
 
 from lrec import checkpoint
 from lrec.export import Export
@@ -18,6 +22,8 @@ from lrec.options import setting
 @dataclass(frozen=True, kw_only=True)
 class Adapter(Export):
     """`adapter_config.json`, `adapter_model.safetensors`, the stamp and a card."""
+
+    readers: ClassVar[tuple[str, ...]] = ("transformers", "peft")
 
     base: str | None = setting(None, "Hub id of the packed base (none: that it was fetched by, or its folder)")
     revision: str | None = setting(None, "the base's revision there (none: that it was fetched at)")
@@ -44,6 +50,14 @@ class Adapter(Export):
         checkpoint.write_json(output_dir / checkpoint.ADAPTER_STAMP, stamp)
         (output_dir / "README.md").write_text(card(name, base, config, stamp))
         return {"base": name, "revision": config["revision"], "rank": config["r"]}
+
+    def logits(self, output_dir: Path, model_dir: Path, ids: Tensor) -> Tensor:
+        """See `Export.logits`."""
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        return PeftModel.from_pretrained(base, output_dir)(ids).logits
 
 
 def origin(model_dir: Path) -> tuple[str, str | None]:

@@ -17,6 +17,7 @@ takes one scheme for all layers (vllm-project/llm-compressor issues 1618, 1704).
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ from lrec.stream import StreamedModel
 @dataclass(frozen=True, kw_only=True)
 class CompressedTensors(Export):
     """Packed integers in groups or rows, one config group for each width, group size and symmetry."""
+
+    readers: ClassVar[tuple[str, ...]] = ("transformers", "compressed_tensors")
 
     def write(self, model_dir: Path, adapter_dir: Path | None, output_dir: Path) -> dict:
         """See `Export.write`. Raises ValueError for an adapter, and naming the layers that the layout cannot hold."""

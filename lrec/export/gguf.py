@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from lrec.stream import StreamedModel
 @dataclass(frozen=True, kw_only=True)
 class Gguf(Export):
     """`model.gguf`, with the tokenizer, for the architectures of `lrec.ggml.model`."""
+
+    readers: ClassVar[tuple[str, ...]] = ("llama_cpp",)
+    tolerance: ClassVar[float] = 5e-2  # llama.cpp rounds activations to eight bits
 
     dense: Literal["f16", "q8_0"] = setting("f16", "embeddings and other matrices that are not packed: f16 or q8_0")
     asymmetric: Literal["q4_1", "q5_0"] = setting(
@@ -60,6 +63,10 @@ class Gguf(Export):
                 writer.write_tensor_data(array)
         writer.close()
         return {"containers": dict(counts)}
+
+    def logits(self, output_dir: Path, model_dir: Path, ids: Tensor) -> Tensor:
+        """See `Export.logits`."""
+        return llama_cpp_logits(ids, output_dir / "model.gguf")
 
     def misfit(self, spec: dict) -> str | None:
         """Why GGUF cannot hold a layer of this spec, or None."""
@@ -119,3 +126,12 @@ def add_info(writer, name: str, array: np.ndarray, shape: tuple, kind: int | Non
     # Given as int8, so that the writer takes the shape in weights, as it is, and asks nothing of the type.
     dtype = np.dtype(np.int8) if kind is not None else array.dtype
     writer.add_tensor_info(name, shape, dtype, array.nbytes, raw_dtype=kind)
+
+
+def llama_cpp_logits(ids: Tensor, model: Path, lora: Path | None = None) -> Tensor:
+    """Logits (1, L, V) of llama.cpp for `ids` (1, L), by a model's file and, on top, a LoRA's."""
+    from llama_cpp import Llama
+
+    reader = Llama(str(model), lora_path=lora and str(lora), n_ctx=ids.shape[1], logits_all=True, verbose=False)
+    reader.eval(ids[0].tolist())
+    return torch.from_numpy(reader.scores[: ids.shape[1]].copy())[None]

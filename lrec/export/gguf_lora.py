@@ -4,11 +4,15 @@ Each pair is `<tensor>.lora_a` (R, K) and `<tensor>.lora_b` (N, R), rows of q an
 scales the product by adapter.lora.alpha / R.
 """
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
 
 from lrec.export import Export
-from lrec.export.gguf import add_info, start
+from lrec.export.gguf import Gguf, add_info, llama_cpp_logits, start
 from lrec.ggml.model import Names
 from lrec.lora_files import LoraFiles
 from lrec.report import packed_config
@@ -18,6 +22,9 @@ from lrec.rewrite import kinds
 @dataclass(frozen=True, kw_only=True)
 class GgufLora(Export):
     """`adapter.gguf` in float32."""
+
+    readers: ClassVar[tuple[str, ...]] = ("llama_cpp",)
+    tolerance: ClassVar[float] = 5e-2
 
     def write(self, model_dir: Path, adapter_dir: Path | None, output_dir: Path) -> dict:
         """See `Export.write`. Raises ValueError without an adapter, or for one that is not plain LoRA on this base."""
@@ -53,3 +60,9 @@ class GgufLora(Export):
             writer.write_tensor_data(array)
         writer.close()
         return {"rank": rank, "num_layers": len(arrays) // 2}
+
+    def logits(self, output_dir: Path, model_dir: Path, ids: Tensor) -> Tensor:
+        """See `Export.logits`: on the GGUF file of the base, written for the purpose."""
+        with tempfile.TemporaryDirectory() as directory:
+            Gguf().write(model_dir, None, Path(directory))
+            return llama_cpp_logits(ids, Path(directory) / "model.gguf", output_dir / "adapter.gguf")

@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ VERSIONS = ("auto", "gptq", "gptq_v2")
 @dataclass(frozen=True, kw_only=True)
 class Gptq(Export):
     """Packed integers in GPTQ's fields; layers of other widths or groups are told in `dynamic`."""
+
+    readers: ClassVar[tuple[str, ...]] = ("transformers", "optimum", "gptqmodel")
 
     checkpoint_format: str = setting("auto", "gptq (version 1), gptq_v2, or auto: gptq unless a zero point is 0")
 

@@ -23,6 +23,7 @@ class Merged(Export):
     """Dense bfloat16 safetensors of base plus adapter."""
 
     dtype: ClassVar[torch.dtype] = torch.bfloat16
+    tolerance: ClassVar[float] = 2e-2  # weights of eight bits
 
     def write(self, model_dir: Path, adapter_dir: Path | None, output_dir: Path) -> dict:
         """See `Export.write`. Raises ValueError for adapters that are not plain LoRA or belong to another base."""

@@ -9,6 +9,7 @@ corrected model itself if no teacher is given). A result that keeps too little o
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from lrec.stream import StreamedModel
 @dataclass(frozen=True, kw_only=True)
 class PackedExport(Export):
     """A directory as `lrec quantize` writes it; bits, groups and zero points of each layer are those of the base."""
+
+    # Rounding changes logits; how much is measured, and bounded, by `max_lost`.
+    tolerance: ClassVar[float] = float("inf")
 
     dataset: str | None = setting(None, "calibration text, as for `lrec quantize`")
     num_samples: int = setting(128, "calibration windows")

@@ -4,6 +4,8 @@ In files of architecture `llama` the rows of each head of q and k stand so that 
 are neighbours; in transformers they are half a head apart. `row_order` is that permutation.
 """
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,8 @@ class Names:
 
     def __init__(self, class_name: str, config):
         """Raises ValueError for an architecture whose conversion is not known here, or a rotation llama.cpp lacks."""
+        if importlib.util.find_spec("gguf") is None:
+            raise ValueError("writing GGUF needs the gguf package, which is not installed: pip install 'lrec[gguf]'")
         import gguf
 
         if class_name not in ARCHITECTURES:

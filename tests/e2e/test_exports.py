@@ -1,5 +1,6 @@
 """Every export of packed integers, decoded by the layout that its tool documents and, where installed, by the tool."""
 
+import importlib.util
 import json
 import re
 
@@ -8,7 +9,7 @@ import torch
 from checks import assert_close
 from safetensors.torch import load_file
 
-from lrec import load
+from lrec import load, registry, rewrite
 from lrec.cli import main
 from lrec.export import compressed_tensors, gptq
 from lrec.formats.uniform import Uniform
@@ -185,3 +186,28 @@ def test_packed_embeddings_are_decoded_for_others(dense, tmp_path):
     for format in ("gptq", "merged"):
         assert export(model, tmp_path / format, format) == 0
         assert torch.equal(stored(tmp_path / format)["model.embed_tokens.weight"], expected)
+
+
+@pytest.mark.parametrize("format", ["merged", "gptq", "compressed-tensors", "gguf"])
+def test_check_reads_it_again_or_tells_who_was_not_there(dense, tmp_path, capsys, format):
+    model = packed_model(dense, tmp_path / "Q", "--bits", "4", "--group_size", "32", "--symmetric")
+    capsys.readouterr()
+    assert export(model, tmp_path / "O", format, "--check", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    readers = registry.find("export", format.replace("-", "_")).readers
+    absent = [name for name in readers if importlib.util.find_spec(name) is None]
+    if absent:
+        assert told["checked"] == f"no: {', '.join(absent)} not installed"
+    else:
+        assert told["checked"].startswith("by ") and told["logits_error"] < 2e-2
+
+
+def test_check_lets_no_wrong_export_appear(dense, tmp_path, capsys, monkeypatch):
+    model = packed_model(dense, tmp_path / "Q", "--bits", "4", "--group_size", "32")
+    monkeypatch.setattr(rewrite, "rewrite", wrong_by_a_column)
+    assert export(model, tmp_path / "O", "merged", "--check") == 2
+    assert "nothing was written" in capsys.readouterr().err and not (tmp_path / "O").exists()
+
+
+def wrong_by_a_column(streamed, output_dir, convert, dtype, real=rewrite.rewrite):
+    real(streamed, output_dir, lambda name, packed: {"weight": convert(name, packed)["weight"].roll(1, 1)}, dtype)
