@@ -100,8 +100,13 @@ def add(block: nn.Module, name: str, adapter: LoraFiles) -> list[str]:
 def quantizer_of(spec: dict) -> GPTQ:
     """GPTQ onto a grid like a layer's own."""
     kind = rewrite.zero_kind(spec)
-    zero_point = "float" if kind == "float" else "int"
-    return GPTQ(bits=spec["bits"], group_size=spec["group_size"], symmetric=kind == "none", zero_point=zero_point)
+    return GPTQ(
+        bits=spec["bits"],
+        group_size=spec["group_size"],
+        symmetric=kind == "none",
+        zero_point="float" if kind == "float" else "int",
+        scale_bits=8 if spec["tensors"]["scale"][0] == "uint8" else 16,
+    )
 
 
 def about(streamed: StreamedModel, adapter: LoraFiles) -> dict:

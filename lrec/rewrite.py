@@ -67,7 +67,8 @@ def misfit(spec: dict) -> str | None:
         return f"the format is {spec['format']}, not uniform integers"
     if zero_kind(spec) == "float":
         return "zero points are floats, and the target's are integers (quantize with --zero_point int)"
-    if spec["tensors"]["scale"][0] != "float16":
+    # Scales of 8 bits are float16 numbers.
+    if spec["tensors"]["scale"][0] not in ("float16", "uint8"):
         return f"scales are {spec['tensors']['scale'][0]}, and the target's are float16"
     K = spec["shape"][1]
     if K % spec["group_size"]:

@@ -58,7 +58,7 @@ def fields(packed: Uniform) -> dict[str, Tensor]:
     N, K = packed.shape
     tensors = {
         "weight_packed": packed.qweight[:, : words(K, packed.bits)],
-        "weight_scale": packed.scale,
+        "weight_scale": packed.scales().half(),
         "weight_shape": torch.tensor([N, K]),
     }
     if packed.zero is not None:

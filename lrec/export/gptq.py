@@ -86,7 +86,7 @@ def fields(packed: Uniform, version: str) -> dict[str, Tensor]:
     return {
         "qweight": packed.qweight.t(),
         "qzeros": pack_codes(zero, packed.bits),
-        "scales": packed.scale.t(),
+        "scales": packed.scales().half().t(),
         "g_idx": (torch.arange(K) // packed.group_size).int(),
     }
 

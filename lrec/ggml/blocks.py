@@ -63,7 +63,7 @@ def encode(packed: Uniform, name: str) -> np.ndarray:
     N, K = packed.shape
     size = BLOCKS[name].size
     group = torch.arange(0, K, size) // packed.group_size
-    scale, zero = (grid[:, group].numpy()[..., None] for grid in (packed.scale, packed.zeros()))
+    scale, zero = (grid[:, group].numpy()[..., None] for grid in (packed.scales().half(), packed.zeros()))
     codes = packed.codes().numpy().astype(np.int16).reshape(N, -1, size)
     levels = codes - zero.astype(np.int16)
     if name == "q2_0":

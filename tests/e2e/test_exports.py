@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lrec import load, registry, rewrite
 from lrec.cli import main
 from lrec.export import compressed_tensors, gptq
-from lrec.formats.uniform import Uniform
+from lrec.formats.uniform import Uniform, exponents, round_scales
 from lrec.nn import packed_modules
 
 
@@ -48,12 +48,15 @@ def same_rest(directory, model, layers):
     assert rest and all(torch.equal(theirs[key], ours[key]) for key in rest)
 
 
-def uniform(N, K, bits, group_size, symmetric, least_zero=0):
+def uniform(N, K, bits, group_size, symmetric, least_zero=0, scale_bits=16):
     """A random weight; zero points from `least_zero` up."""
     G = K // group_size
     codes = torch.randint(0, 2**bits, (N, K))
     zero = None if symmetric else torch.randint(least_zero, 2**bits, (N, G))
-    return Uniform.pack(codes, torch.rand(N, G).add(0.1).half(), zero, bits, group_size)
+    scale = torch.rand(N, G).add(0.1).half()
+    if scale_bits == 8:
+        scale = round_scales(scale.float(), exponents(scale.float())).half()
+    return Uniform.pack(codes, scale, zero, bits, group_size, scale_bits)
 
 
 def read_gptq(tensors, bits, version):
@@ -75,6 +78,8 @@ def test_gptq_fields_decode_to_our_weights(bits, symmetric, version):
         packed = uniform(N, K, bits, group_size, symmetric, least_zero=int(version == "gptq"))
         tensors = gptq.fields(packed, version)
         assert torch.equal(read_gptq(tensors, bits, version), packed.unpack().double())
+        narrow = uniform(N, K, bits, group_size, symmetric, int(version == "gptq"), scale_bits=8)
+        assert torch.equal(read_gptq(gptq.fields(narrow, version), bits, version), narrow.unpack().double())
         assert tensors["g_idx"].tolist() == [k // group_size for k in range(K)]
 
 

@@ -99,6 +99,9 @@ def test_blocks_hold_our_weights_bit_for_bit(bits, symmetric, shape, name):
     rows = blocks.encode(packed, name)
     assert rows.shape == (shape[0], shape[1] // blocks.BLOCKS[name].size * blocks.BLOCKS[name].bytes)
     assert torch.equal(read_rows(name, rows.tobytes(), shape[1]), packed.unpack().double())
+    narrow = uniform(shape[0], shape[1], bits, shape[2], symmetric, scale_bits=8)
+    rows = blocks.encode(narrow, name)
+    assert torch.equal(read_rows(name, rows.tobytes(), shape[1]), narrow.unpack().double())
 
 
 def test_q4_1_rounds_the_minimum_alone():
