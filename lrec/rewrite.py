@@ -113,7 +113,8 @@ def decoded(weight: Packed, streamed: StreamedModel) -> dict[str, Tensor]:
 
 def own_dtype(streamed: StreamedModel) -> torch.dtype:
     """That of the vectors stored outside the blocks (a final norm): the config may tell that of the computation."""
-    return next(t.dtype for t in streamed.stored(None).values() if t.is_floating_point() and t.ndim == 1)
+    vectors = (t.dtype for t in streamed.stored(None).values() if t.is_floating_point() and t.ndim == 1)
+    return next(vectors, streamed.dtype)
 
 
 def finish(

@@ -30,7 +30,7 @@ class Export:
         """Writes the files and returns what to report. Raises ValueError if the target cannot hold the model."""
         raise NotImplementedError
 
-    def absent(self, output_dir: Path) -> list[str]:
+    def absent(self) -> list[str]:
         """Packages without which `logits` cannot read the export."""
         return [name for name in self.readers if importlib.util.find_spec(name) is None]
 
@@ -82,7 +82,7 @@ def check(target: Export, model_dir: Path, adapter_dir: Path | None, output_dir:
 
     Raises ValueError if they are further apart than the target's tolerance.
     """
-    if absent := target.absent(output_dir):
+    if absent := target.absent():
         return {"checked": f"no: {', '.join(absent)} not installed"}
     ids = load.tokenizer(str(model_dir))(PROBE, return_tensors="pt").input_ids
     expected = load.model(str(model_dir), adapter_dir and str(adapter_dir), "cpu", "float32")(ids).logits

@@ -106,7 +106,6 @@ def layer_with_zero(model_dir: Path, specs: dict[str, dict]) -> str | None:
 
 def quantization_config(specs: dict[str, dict], skipped: list[str], version: str) -> dict:
     """What config.json tells: the commonest width and group for all, the others' under `dynamic`, by name."""
-
     per_row = all(spec["group_size"] == spec["shape"][1] for spec in specs.values())
     told = {
         name: (spec["bits"], -1 if per_row else spec["group_size"], rewrite.zero_kind(spec) == "none")
