@@ -74,12 +74,14 @@ class Quantize(Text, Place):
 class Import:
     """`lrec import`: a packed model from what another tool has quantized, without quantizing again."""
 
-    model: str = field(metadata={"help": "local directory or Hub id of a quantized checkpoint"})
+    model: str = field(metadata={"help": "quantized checkpoint: local directory (of one .gguf file, too) or Hub id"})
     output_dir: str = field(metadata={"help": "new directory for the packed model"})
 
     def run(self) -> dict:
         """Writes the packed model; the report."""
-        return imports.take_over(text.model_path(self.model), Path(self.output_dir))
+        folder = Path(self.model)
+        source = folder if any(folder.glob("*.gguf")) else text.model_path(self.model)
+        return imports.take_over(source, Path(self.output_dir))
 
 
 @dataclass(frozen=True, kw_only=True)

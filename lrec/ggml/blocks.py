@@ -39,6 +39,21 @@ BLOCKS = {
 }
 
 
+def teach_q2_0() -> None:
+    """Lets readers built on the gguf package, transformers' among them, pass over tensors of a type it has no name for.
+
+    Does nothing for a gguf that knows it.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block = BLOCKS["q2_0"]
+    if block.id not in GGMLQuantizationType._value2member_map_:
+        kind = int.__new__(GGMLQuantizationType, block.id)
+        kind._name_, kind._value_ = "Q2_0", block.id
+        GGMLQuantizationType._value2member_map_[block.id] = kind
+        GGML_QUANT_SIZES[kind] = (block.size, block.bytes)
+
+
 def container(spec: dict, asymmetric: str) -> str | None:
     """The smallest block that holds a uniform layer of this spec, `asymmetric` being that of 4 bits with zero points.
 
@@ -81,6 +96,24 @@ def encode(packed: Uniform, name: str) -> np.ndarray:
         parts = [scale, levels.astype(np.int8)]
     rows = np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in parts], axis=-1)
     return rows.reshape(N, -1)
+
+
+def decode(rows: np.ndarray, name: str) -> Uniform:
+    """The weight that rows of blocks hold, uint8 (N, bytes), bit for bit; `name` is q2_0, q4_0 or q8_0."""
+    block = BLOCKS[name]
+    parts = rows.reshape(len(rows), -1, block.bytes)
+    scale = np.ascontiguousarray(parts[..., :2]).view(np.float16)[..., 0]
+    data = parts[..., 2:]
+    if name == "q2_0":
+        # As in `encode`: levels and step turn round.
+        fields = data[..., None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3
+        codes, scale, bits = 3 - fields, -scale, 2
+    elif name == "q4_0":
+        codes, bits = np.concatenate([data & 15, data >> 4], -1), 4
+    else:
+        codes, bits = data ^ 128, 8
+    codes_NK, scale_NG = (torch.from_numpy(np.ascontiguousarray(t)) for t in (codes.reshape(len(rows), -1), scale))
+    return Uniform.pack(codes_NK, scale_NG, None, bits, block.size)
 
 
 def halves(codes: np.ndarray) -> np.ndarray:

@@ -6,11 +6,12 @@ same for all. The file's name is the checkpoint's `quant_method`.
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrec import anatomy, checkpoint, registry
 from lrec.assembly import Assembly
@@ -32,6 +33,30 @@ class Import:
         """
         raise NotImplementedError
 
+    @classmethod
+    def config(cls, model_dir: Path):
+        """The model's configuration, without that of its quantization."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(model_dir)
+        del config.quantization_config
+        return config
+
+    @classmethod
+    def identity(cls, model_dir: Path) -> str:
+        """A hash of the checkpoint's weights."""
+        return checkpoint.fingerprint(model_dir)
+
+    @classmethod
+    def parts(cls, model_dir: Path, model: nn.Module, blocks: anatomy.Blocks) -> Callable[[int | None], dict]:
+        """A function that reads the tensors of a block, or with None those of none, by full name."""
+        keys = keys_by_block(model_dir, blocks)
+        return lambda part: {key: t for file, own in keys[part].items() for key, t in read_keys(file, own)}
+
+    @classmethod
+    def finish(cls, model_dir: Path, output_dir: Path) -> None:
+        """What remains to be written beside weights, config and the tokenizer's files."""
+
 
 Base = Import
 
@@ -42,42 +67,49 @@ def take_over(model_dir: Path, output_dir: Path) -> dict:
     Raises ValueError naming the layer for whatever cannot be taken over, or if the checkpoint is not quantized.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    told = checkpoint.read_json(model_dir / "config.json").get("quantization_config")
-    if told is None or told.get("quant_method") == "lrec":
-        raise ValueError(f"{model_dir} is {'packed by lrec already' if told else 'not quantized: use `lrec quantize`'}")
-    method = str(told.get("quant_method"))
+    method, told = method_of(model_dir)
     source = registry.find("imports", method.replace("-", "_"))
-    config = AutoConfig.from_pretrained(model_dir)
-    del config.quantization_config
+    config = source.config(model_dir)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     blocks = anatomy.find_blocks(model)
-    assembly = Assembly(output_dir, checkpoint.fingerprint(model_dir), len(blocks.modules))
-    parts, dense = keys_by_block(model_dir, blocks), 0
+    assembly = Assembly(output_dir, source.identity(model_dir), len(blocks.modules))
+    read = source.parts(model_dir, model, blocks)
     for index in range(assembly.num_done, len(blocks.modules)):
-        start, rows = time.monotonic(), []
-        tensors = {key: tensor for file, keys in parts[index].items() for key, tensor in read_keys(file, keys)}
+        start, rows, tensors = time.monotonic(), [], read(index)
         for linear, module in anatomy.linears(blocks.modules[index]).items():
             name = f"{blocks.name(index)}.{linear}"
             if f"{name}.{source.mark}" in tensors:
                 packed = read_layer(source, name, tensors, tuple(module.weight.shape), told)
                 tensors |= {f"{name}.{key}": tensor for key, tensor in packed.tensors().items()}
                 rows.append(packed_row(name, packed) | {"bits": packed.bits})
-            else:
-                dense += module.weight.numel()
         assembly.save(tensors, rows, {}, time.monotonic() - start)
     weights = sum(row["shape"][0] * row["shape"][1] for row in assembly.rows)
     if not weights:
         raise ValueError(f"{model_dir} says {method}, but no layer of its blocks has a {source.mark}")
-    rest = {key: tensor for file, keys in parts[None].items() for key, tensor in read_keys(file, keys)}
+    rest = read(None)
     if packed := [key for key in rest if key.endswith(f".{source.mark}")]:
-        raise ValueError(f"{', '.join(packed)}: lrec packs layers inside the blocks only; use a checkpoint without")
-    about = {"method": method, "settings": {}, "base_model": str(model_dir), "imported_from": told}
+        raise ValueError(
+            f"{', '.join(packed)}: lrec takes over layers inside the blocks only; use a checkpoint without"
+        )
     assembly.save_rest(rest, [])
-    report = assembly.finish(config, about, model_dir, weights / (weights + dense))
+    about = {"method": method, "settings": {}, "base_model": str(model_dir), "imported_from": told}
+    share = weights / sum(anatomy.linear_weights(block) for block in blocks.modules)
+    report = assembly.finish(config, about, model_dir, share)
+    source.finish(model_dir, output_dir)
     return {"source": method} | report
+
+
+def method_of(model_dir: Path) -> tuple[str, dict]:
+    """By what a checkpoint is quantized, and what its config says of that. Raises ValueError if it is not."""
+    if any(model_dir.glob("*.gguf")):
+        return "gguf", {}
+    told = checkpoint.read_json(model_dir / "config.json").get("quantization_config")
+    if told is None or told.get("quant_method") == "lrec":
+        raise ValueError(f"{model_dir} is {'packed by lrec already' if told else 'not quantized: use `lrec quantize`'}")
+    return str(told.get("quant_method")), told
 
 
 def read_layer(source: type[Import], name: str, tensors: dict, shape: tuple[int, int], config: dict) -> Packed:

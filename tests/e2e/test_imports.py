@@ -2,16 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from checks import assert_close
 from safetensors.torch import load_file, save_file
 from test_exports import decoded, export, packed_model, read_compressed, read_gptq, uniform
+from test_gguf import read_rows
 
 from lrec import load, registry
 from lrec.cli import main
 from lrec.export import compressed_tensors, gptq
 from lrec.formats.indexed import Indexed
+from lrec.ggml import blocks
 from lrec.imports.awq import ORDER
 
 
@@ -133,10 +136,41 @@ def read_zeros(tensors, bits):
     return torch.tensor([[(number >> (n * bits)) % 2**bits for number in numbers] for n in range(N)]).double()
 
 
+@pytest.mark.parametrize(("name", "quantize"), [("Q4_0", True), ("Q8_0", True), ("Q2_0", False)])
+def test_blocks_of_gguf_decode_as_the_package_does(name, quantize):
+    gguf = pytest.importorskip("gguf")
+    if quantize:
+        kind = gguf.GGMLQuantizationType[name]
+        rows = gguf.quants.quantize(torch.randn(5, 128).numpy(), kind)
+        expected = torch.from_numpy(gguf.quants.dequantize(rows, kind))
+    else:
+        rows = np.random.default_rng(0).integers(0, 256, (5, 36), dtype=np.uint8)
+        steps = np.random.default_rng(1).normal(size=(5, 2, 1)).astype(np.float16)
+        rows.reshape(5, 2, 18)[..., :2] = steps.view(np.uint8)
+        expected = read_rows("q2_0", rows.tobytes(), 128).float()
+    assert torch.equal(blocks.decode(rows, name.lower()).unpack(), expected)
+
+
+@pytest.mark.parametrize("words", [["--bits", "2", "--group_size", "64"], ["--bits", "4", "--group_size", "32"]])
+def test_a_gguf_file_comes_back_with_config_and_tokenizer(dense, tmp_path, words):
+    pytest.importorskip("gguf")
+    model = packed_model(dense, tmp_path / "Q", "--symmetric", *words)
+    assert export(model, tmp_path / "O", "gguf") == 0
+    assert [path.name for path in (tmp_path / "O").iterdir()] == ["model.gguf"]
+    assert take_over(tmp_path / "O", tmp_path / "I") == 0
+    ours, theirs = decoded(model), decoded(tmp_path / "I")
+    assert ours.keys() == theirs.keys() and all(torch.equal(w, theirs[name]) for name, w in ours.items())
+    ids = load.tokenizer(str(model))("the quick fox", return_tensors="pt").input_ids
+    assert torch.equal(load.tokenizer(str(tmp_path / "I"))("the quick fox", return_tensors="pt").input_ids, ids)
+    with torch.no_grad():
+        expected = load.model(str(model))(ids).logits
+        assert_close(load.model(str(tmp_path / "I"))(ids).logits, expected, 1e-3, "embeddings went by float16")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quant_method": "aqlm"}, "unknown import 'aqlm'; allowed: awq, bitsandbytes, compressed_tensors, gptq"),
+        ({"quant_method": "aqlm"}, "unknown import 'aqlm'; allowed: awq, bitsandbytes, compressed_tensors, gguf, gptq"),
         ({"checkpoint_format": "marlin"}, "layers.0.self_attn.q_proj: the layout is 'marlin'"),
         (None, "is not quantized: use `lrec quantize`"),
     ],

@@ -1,0 +1,97 @@
+"""GGUF files of llama.cpp: layers of Q2_0, Q4_0 and Q8_0 are taken over, all others of the file are decoded.
+
+Config and tokenizer come from the files beside, if there are any, else from the file itself by transformers.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lrec import anatomy, checkpoint
+from lrec.formats.uniform import Uniform
+from lrec.ggml import blocks
+from lrec.ggml.model import Names
+from lrec.imports import Import, exact_scale
+
+KINDS = {blocks.BLOCKS[name].id: name for name in ("q2_0", "q4_0", "q8_0")}
+
+
+class Gguf(Import):
+    """Uniform integers of 2, 4 and 8 bits without zero points."""
+
+    mark = "blocks"
+
+    @classmethod
+    def read(cls, name: str, tensors: dict[str, Tensor], shape: tuple[int, int], config: dict) -> Uniform:
+        """See `Import.read`."""
+        return blocks.decode(tensors["blocks"].numpy(), KINDS[int(tensors["kind"])])
+
+    @classmethod
+    def config(cls, model_dir: Path):
+        """See `Import.config`."""
+        from transformers import AutoConfig
+
+        if (model_dir / "config.json").exists():
+            return AutoConfig.from_pretrained(model_dir)
+        blocks.teach_q2_0()
+        return AutoConfig.from_pretrained(model_dir, gguf_file=only_file(model_dir).name)
+
+    @classmethod
+    def identity(cls, model_dir: Path) -> str:
+        """See `Import.identity`."""
+        return checkpoint.file_hash(only_file(model_dir))
+
+    @classmethod
+    def parts(cls, model_dir: Path, model: nn.Module, found: anatomy.Blocks) -> Callable[[int | None], dict]:
+        """See `Import.parts`."""
+        import gguf
+
+        blocks.teach_q2_0()
+        names = Names(type(model).__name__, model.config)
+        held = {tensor.name: tensor for tensor in gguf.GGUFReader(only_file(model_dir)).tensors}
+        linears = {f"{found.name(i)}.{n}" for i, block in enumerate(found.modules) for n in anatomy.linears(block)}
+
+        def read(part: int | None) -> dict[str, Tensor]:
+            prefix = None if part is None else f"{found.name(part)}."
+            tensors = {}
+            for key in model.state_dict():
+                inside = key.startswith(prefix) if prefix else not key.startswith(f"{found.path}.")
+                if inside and names.name(key) in held:
+                    layer = key.removesuffix(".weight")
+                    own = take(held[names.name(key)], names.row_order(key), layer in linears)
+                    tensors |= {f"{layer}.{field}" if field else key: tensor for field, tensor in own.items()}
+            return tensors
+
+        return read
+
+    @classmethod
+    def finish(cls, model_dir: Path, output_dir: Path) -> None:
+        """Writes the tokenizer in the file, if there is none beside it."""
+        if not (model_dir / "tokenizer.json").exists():
+            from transformers import AutoTokenizer
+
+            AutoTokenizer.from_pretrained(model_dir, gguf_file=only_file(model_dir).name).save_pretrained(output_dir)
+
+
+def take(tensor, order: Tensor | None, is_linear: bool) -> dict[str, Tensor]:
+    """A tensor of the file, rows in our order: as `blocks` and their `kind` where those are taken over, else dense
+    under no name."""
+    import gguf
+
+    kind = int(tensor.tensor_type)
+    data = tensor.data if order is None else tensor.data[order.argsort().numpy()]
+    if is_linear and kind in KINDS:
+        return {"blocks": torch.from_numpy(np.array(data)), "kind": torch.tensor(kind)}
+    dense = torch.from_numpy(np.array(gguf.quants.dequantize(data, tensor.tensor_type)))
+    return {"": exact_scale(dense) if dense.ndim > 1 else dense}
+
+
+def only_file(model_dir: Path) -> Path:
+    """The GGUF file of a directory. Raises ValueError if there are several."""
+    files = sorted(model_dir.glob("*.gguf"))
+    if len(files) > 1:
+        raise ValueError(f"{model_dir} has {', '.join(f.name for f in files)}; put the one to import in its own folder")
+    return files[0]
