@@ -15,11 +15,18 @@ from lrec.export import compressed_tensors, gptq
 from lrec.formats.uniform import Uniform, exponents, round_scales
 from lrec.nn import packed_modules
 
+PACKED = {}
 
-def packed_model(dense, directory, *words):
-    words = ["--model", str(dense), "--method", "rtn", "--init_rank", "0", *words]
-    assert main(["quantize", *words, "--output_dir", str(directory)]) == 0
-    return directory
+
+def packed_model(dense, *words):
+    """The model quantized with these settings (rtn if they name no method), once for all tests: not to be changed."""
+    if words not in PACKED:
+        directory = dense.parent / f"packed{len(PACKED)}"
+        method = [] if "--method" in words else ["--method", "rtn"]
+        where = ["--model", str(dense), "--output_dir", str(directory)]
+        assert main(["quantize", *where, *method, "--init_rank", "0", *words]) == 0
+        PACKED[words] = directory
+    return PACKED[words]
 
 
 def export(model, directory, format, *words):
@@ -91,7 +98,7 @@ def test_gptq_fields_decode_to_our_weights(bits, symmetric, version):
     ],
 )
 def test_gptq_writes_a_model_in_the_version_that_holds_it(dense, tmp_path, words, version, told):
-    model = packed_model(dense, tmp_path / "Q", *words)
+    model = packed_model(dense, *words)
     assert export(model, tmp_path / "O", "gptq") == 0
     config = json.loads((tmp_path / "O" / "config.json").read_text())["quantization_config"]
     assert config == json.loads((tmp_path / "O" / "quantize_config.json").read_text())
@@ -107,7 +114,7 @@ def test_gptq_writes_a_model_in_the_version_that_holds_it(dense, tmp_path, words
 
 
 def test_gptq_version_1_refuses_a_zero_of_0(dense, tmp_path, capsys):
-    model = packed_model(dense, tmp_path / "Q", "--group_size", "16")
+    model = packed_model(dense, "--group_size", "16")
     assert any(not layer.packed.zeros().all() for layer in packed_modules(load.model(str(model))).values())
     assert export(model, tmp_path / "O", "gptq", "--checkpoint_format", "gptq") == 2
     assert "zero point of 0" in capsys.readouterr().err and not (tmp_path / "O").exists()
@@ -115,7 +122,7 @@ def test_gptq_version_1_refuses_a_zero_of_0(dense, tmp_path, capsys):
 
 def test_gptq_tells_layers_of_other_widths(dense, tmp_path):
     words = ["--symmetric", "--group_size", "32", "--bits_map", "re:.*0\\.mlp\\.down_proj=4"]
-    model = packed_model(dense, tmp_path / "Q", *words)
+    model = packed_model(dense, *words)
     assert export(model, tmp_path / "O", "gptq") == 0
     told = json.loads((tmp_path / "O" / "config.json").read_text())["quantization_config"]
     name = r"+:^model\.layers\.0\.mlp\.down_proj$"
@@ -156,7 +163,7 @@ def test_compressed_tensors_fields_decode_to_our_weights(bits, symmetric):
 )
 def test_compressed_tensors_are_read_by_their_package(dense, tmp_path, words):
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
-    model = packed_model(dense, tmp_path / "Q", *words)
+    model = packed_model(dense, *words)
     assert export(model, tmp_path / "O", "compressed-tensors") == 0
     ids = torch.arange(32)[None]
     with torch.no_grad():
@@ -174,18 +181,15 @@ def test_compressed_tensors_are_read_by_their_package(dense, tmp_path, words):
     ],
 )
 def test_what_a_target_cannot_hold_is_refused_with_the_nearest(dense, tmp_path, capsys, words, format, message):
-    if "--method" in words:
-        assert main(["quantize", "--model", str(dense), "--output_dir", str(tmp_path / "Q"), *words]) == 0
-    else:
-        packed_model(dense, tmp_path / "Q", *words)
+    model = packed_model(dense, *words)
     capsys.readouterr()
-    assert export(tmp_path / "Q", tmp_path / "O", format) == 2
+    assert export(model, tmp_path / "O", format) == 2
     assert re.search(message, capsys.readouterr().err)
-    assert [path.name for path in tmp_path.iterdir()] == ["Q"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_packed_embeddings_are_decoded_for_others(dense, tmp_path):
-    model = packed_model(dense, tmp_path / "Q", "--bits", "2", "--group_size", "32", "--quantize_embeddings", "4")
+    model = packed_model(dense, "--bits", "2", "--group_size", "32", "--quantize_embeddings", "4")
     embeddings = load.model(str(model)).get_input_embeddings()
     expected = embeddings.packed.unpack().bfloat16()
     for format in ("gptq", "merged"):
@@ -195,7 +199,7 @@ def test_packed_embeddings_are_decoded_for_others(dense, tmp_path):
 
 @pytest.mark.parametrize("format", ["merged", "gptq", "compressed-tensors", "gguf"])
 def test_check_reads_it_again_or_tells_who_was_not_there(dense, tmp_path, capsys, format):
-    model = packed_model(dense, tmp_path / "Q", "--bits", "4", "--group_size", "32", "--symmetric")
+    model = packed_model(dense, "--bits", "4", "--group_size", "32", "--symmetric")
     capsys.readouterr()
     assert export(model, tmp_path / "O", format, "--check", "--json") == 0
     told = json.loads(capsys.readouterr().out)
@@ -208,7 +212,7 @@ def test_check_reads_it_again_or_tells_who_was_not_there(dense, tmp_path, capsys
 
 
 def test_check_lets_no_wrong_export_appear(dense, tmp_path, capsys, monkeypatch):
-    model = packed_model(dense, tmp_path / "Q", "--bits", "4", "--group_size", "32")
+    model = packed_model(dense, "--bits", "4", "--group_size", "32")
     monkeypatch.setattr(rewrite, "rewrite", wrong_by_a_column)
     assert export(model, tmp_path / "O", "merged", "--check") == 2
     assert "nothing was written" in capsys.readouterr().err and not (tmp_path / "O").exists()

@@ -1,6 +1,7 @@
 """`export --format packed`: base plus adapter rounded again, the twin of GPTQ on the sum, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def place(dense, tmp_path_factory):
 
     place = tmp_path_factory.mktemp("fold")
     (place / "text.txt").write_text(TEXT * 100)
-    packed_model(dense, place / "Q", "--bits", "4", "--group_size", "32")
+    shutil.copytree(packed_model(dense, "--bits", "4", "--group_size", "32"), place / "Q")
     adapted = get_peft_model(
         load.model(str(place / "Q")), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
     )

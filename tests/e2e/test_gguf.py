@@ -1,5 +1,6 @@
 """GGUF files: the container parsed from its bytes, blocks decoded by ggml's layouts, and the whole read by others."""
 
+import shutil
 import struct
 
 import numpy as np
@@ -138,7 +139,7 @@ HF = {
 
 
 def test_a_q2_0_file_holds_the_model(dense, tmp_path):
-    model = packed_model(dense, tmp_path / "Q", "--bits", "2", "--group_size", "64", "--symmetric")
+    model = packed_model(dense, "--bits", "2", "--group_size", "64", "--symmetric")
     assert export(model, tmp_path / "O", "gguf") == 0
     settings, tensors = parse(tmp_path / "O" / "model.gguf")
     layers = {name: layer.packed.unpack() for name, layer in packed_modules(load.model(str(model))).items()}
@@ -180,7 +181,7 @@ def test_a_q2_0_file_holds_the_model(dense, tmp_path):
     ],
 )
 def test_transformers_reads_the_file_as_our_model(dense, tmp_path, words, flags):
-    model = packed_model(dense, tmp_path / "Q", *words)
+    model = packed_model(dense, *words)
     assert export(model, tmp_path / "O", "gguf", *flags) == 0
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -195,7 +196,7 @@ def test_transformers_reads_the_file_as_our_model(dense, tmp_path, words, flags)
 
 
 def test_gguf_lora_holds_the_pairs_in_the_order_of_the_file(dense, tmp_path):
-    model = packed_model(dense, tmp_path / "Q", "--bits", "2", "--group_size", "64", "--symmetric")
+    model = packed_model(dense, "--bits", "2", "--group_size", "64", "--symmetric")
     base = load.model(str(model))
     from peft import LoraConfig, get_peft_model
 
@@ -229,14 +230,14 @@ def test_gguf_lora_holds_the_pairs_in_the_order_of_the_file(dense, tmp_path):
     ],
 )
 def test_what_gguf_cannot_hold_is_refused(dense, tmp_path, capsys, words, message):
-    model = packed_model(dense, tmp_path / "Q", *words)
+    model = packed_model(dense, *words)
     capsys.readouterr()
     assert export(model, tmp_path / "O", "gguf") == 2
     assert message in capsys.readouterr().err and not (tmp_path / "O").exists()
 
 
 def test_a_tokenizer_that_llama_cpp_would_cut_otherwise_is_refused(dense, tmp_path, capsys):
-    model = packed_model(dense, tmp_path / "Q", "--symmetric")
+    model = shutil.copytree(packed_model(dense, "--symmetric"), tmp_path / "Q")
     told = checkpoint.read_json(model / "tokenizer.json")
     told["pre_tokenizer"] = {"type": "Whitespace"}
     checkpoint.write_json(model / "tokenizer.json", told)

@@ -60,7 +60,7 @@ def test_gptq_layers_that_dynamic_names_have_their_own_width():
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
 @pytest.mark.parametrize("words", [["--bits", "2", "--group_size", "16"], ["--bits", "3", "--symmetric"]])
 def test_what_we_export_comes_back_bit_for_bit(dense, tmp_path, format, words):
-    model = packed_model(dense, tmp_path / "Q", *words)
+    model = packed_model(dense, *words)
     assert export(model, tmp_path / "O", format) == 0
     assert take_over(tmp_path / "O", tmp_path / "I") == 0
     ours, theirs = decoded(model), decoded(tmp_path / "I")
@@ -154,7 +154,7 @@ def test_blocks_of_gguf_decode_as_the_package_does(name, quantize):
 @pytest.mark.parametrize("words", [["--bits", "2", "--group_size", "64"], ["--bits", "4", "--group_size", "32"]])
 def test_a_gguf_file_comes_back_with_config_and_tokenizer(dense, tmp_path, words):
     pytest.importorskip("gguf")
-    model = packed_model(dense, tmp_path / "Q", "--symmetric", *words)
+    model = packed_model(dense, "--symmetric", *words)
     assert export(model, tmp_path / "O", "gguf") == 0
     assert [path.name for path in (tmp_path / "O").iterdir()] == ["model.gguf"]
     assert take_over(tmp_path / "O", tmp_path / "I") == 0
@@ -176,7 +176,7 @@ def test_a_gguf_file_comes_back_with_config_and_tokenizer(dense, tmp_path, words
     ],
 )
 def test_what_cannot_be_taken_over_is_refused(dense, tmp_path, capsys, change, message):
-    model = packed_model(dense, tmp_path / "Q", "--bits", "4", "--symmetric")
+    model = packed_model(dense, "--bits", "4", "--symmetric")
     assert export(model, tmp_path / "O", "gptq") == 0
     config = json.loads((tmp_path / "O" / "config.json").read_text())
     told = config.pop("quantization_config")
@@ -189,7 +189,7 @@ def test_what_cannot_be_taken_over_is_refused(dense, tmp_path, capsys, change, m
 
 
 def test_a_missing_tensor_is_named(dense, tmp_path, capsys):
-    model = packed_model(dense, tmp_path / "Q", "--bits", "4")
+    model = packed_model(dense, "--bits", "4")
     assert export(model, tmp_path / "O", "gptq") == 0
     path = tmp_path / "O" / "model-00001-of-00003.safetensors"
     tensors = load_file(path)
