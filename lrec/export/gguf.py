@@ -5,7 +5,7 @@ symmetric becomes Q4_0, bit for bit. Streamed: one block of the model is in memo
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -52,16 +52,7 @@ class Gguf(Export):
         # The Prism fork's type 42 has blocks of 128.
         writer.add_uint32("lrec.q2_0.block_size", blocks.BLOCKS["q2_0"].size)
         parts = [*range(len(streamed)), None]
-        for part in parts:
-            for name, array, shape, kind in self._tensors(streamed, part, names, types):
-                add_info(writer, name, array, shape, kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for part in parts:
-            for _, array, _, _ in self._tensors(streamed, part, names, types):
-                writer.write_tensor_data(array)
-        writer.close()
+        write_tensors(writer, lambda: (held for part in parts for held in self._tensors(streamed, part, names, types)))
         return {"containers": dict(counts)}
 
     def logits(self, output_dir: Path, model_dir: Path, ids: Tensor) -> Tensor:
@@ -121,11 +112,22 @@ def start(path: Path, names: model.Names, model_dir: Path):
     return writer
 
 
-def add_info(writer, name: str, array: np.ndarray, shape: tuple, kind: int | None) -> None:
-    """Announces a tensor whose data will follow; types that the gguf package has no name for go by their number."""
-    # Given as int8, so that the writer takes the shape in weights, as it is, and asks nothing of the type.
-    dtype = np.dtype(np.int8) if kind is not None else array.dtype
-    writer.add_tensor_info(name, shape, dtype, array.nbytes, raw_dtype=kind)
+def write_tensors(writer, tensors: Callable[[], Iterable[tuple[str, np.ndarray, tuple, int | None]]]) -> None:
+    """Writes the file: settings, then (name, data, shape, ggml type or None if the array's own) of each tensor.
+
+    `tensors` is called twice, since a file names all tensors before the first's data; none of them is kept.
+    """
+    for name, array, shape, kind in tensors():
+        # Given as int8, so that the writer takes the shape in weights, as it is, and asks nothing of the type: the
+        # gguf package has no name for that of Q2_0.
+        dtype = np.dtype(np.int8) if kind is not None else array.dtype
+        writer.add_tensor_info(name, shape, dtype, array.nbytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for _, array, _, _ in tensors():
+        writer.write_tensor_data(array)
+    writer.close()
 
 
 def llama_cpp_logits(ids: Tensor, model: Path, lora: Path | None = None) -> Tensor:

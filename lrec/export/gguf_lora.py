@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lrec.export import Export
-from lrec.export.gguf import Gguf, add_info, llama_cpp_logits, start
+from lrec.export.gguf import Gguf, llama_cpp_logits, start, write_tensors
 from lrec.ggml.model import Names
 from lrec.lora_files import LoraFiles
 from lrec.report import packed_config
@@ -49,17 +49,9 @@ class GgufLora(Export):
                 arrays[f"{name}.lora_a"] = a_RK.numpy()
                 arrays[f"{name}.lora_b"] = (b_NR if order is None else b_NR[order]).numpy()
         adapter.check_used(model_dir)
-        rank = adapter.rank
-        writer.add_float32("adapter.lora.alpha", adapter.scaling * rank)
-        for name, array in arrays.items():
-            add_info(writer, name, array, array.shape, None)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for array in arrays.values():
-            writer.write_tensor_data(array)
-        writer.close()
-        return {"rank": rank, "num_layers": len(arrays) // 2}
+        writer.add_float32("adapter.lora.alpha", adapter.scaling * adapter.rank)
+        write_tensors(writer, lambda: ((name, array, array.shape, None) for name, array in arrays.items()))
+        return {"rank": adapter.rank, "num_layers": len(arrays) // 2}
 
     def logits(self, output_dir: Path, model_dir: Path, ids: Tensor) -> Tensor:
         """See `Export.logits`: on the GGUF file of the base, written for the purpose."""

@@ -136,19 +136,8 @@ def test_peft_alone_refuses_an_adapter_of_another_base(place, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    words = [
-        "--model",
-        "M",
-        "--bits",
-        "3",
-        "--group_size",
-        "32",
-        "--method",
-        "rtn",
-        "--output_dir",
-        str(tmp_path / "Q3"),
-    ]
-    assert run(place, "quantize", *words) == 0
+    words = ["--bits", "3", "--group_size", "32", "--method", "rtn", *CALIBRATION, "--output_dir", str(tmp_path / "Q3")]
+    assert run(place, "quantize", "--model", "M", *words) == 0
     words = ["--model", "Q", "--adapter", "A", "--format", "adapter", "--base", "me/tiny", "--revision", "abc"]
     assert run(place, "export", *words, "--output_dir", str(tmp_path / "O")) == 0
     config = checkpoint.read_json(tmp_path / "O" / "adapter_config.json")
