@@ -1,5 +1,6 @@
 """GGUF files: the container parsed from its bytes, blocks decoded by ggml's layouts, and the whole read by others."""
 
+import math
 import shutil
 import struct
 
@@ -11,6 +12,7 @@ from test_exports import export, packed_model, uniform
 
 from lrec import checkpoint, load
 from lrec.ggml import blocks, tokenizer
+from lrec.ggml.model import rope_factors
 from lrec.nn import packed_modules
 
 gguf = pytest.importorskip("gguf")
@@ -262,3 +264,19 @@ def test_cuts_are_told_apart():
     assert tokenizer.cut_name(sequence(split, level)) is None
     assert tokenizer.cut_name(sequence({**digits, "individual_digits": False}, level)) is None
     assert tokenizer.cut_name(level | {"add_prefix_space": True}) is None
+
+
+def test_llama_3_s_rotary_factors_are_llama_cpp_s():
+    from transformers import LlamaConfig
+
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, max_position_embeddings=512, rope_parameters=rope)
+    expected = []
+    for i in range(0, 64, 2):
+        wavelength = 2 * math.pi * 500000.0 ** (i / 64)
+        smooth = min(max((64 / wavelength - 1) / (4 - 1), 0), 1)
+        expected.append(1 / ((1 - smooth) / 8 + smooth))
+    factors = rope_factors(config)
+    assert {1.0, 8.0} < {round(float(f), 3) for f in factors}
+    assert_close(factors, torch.tensor(expected), 1e-5)
