@@ -148,7 +148,8 @@ class Assembly:
 
     def _merge_factors(self) -> None:
         parts = [path for path in map(self._factor_file, range(self.count)) if path.exists()]
-        if parts:
+        # The first goes first: while it is there, all are, and a run killed below does not merge what is left.
+        if self._factor_file(0) in parts:
             factors = {name: pair for path in parts for name, pair in lowrank.load(path).items()}
             lowrank.save(factors, self.directory / LOWRANK)
         for path in parts:

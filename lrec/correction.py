@@ -1,6 +1,7 @@
 """`lrec train`: an adapter on a packed model, trained until both say what the full-precision model says."""
 
 import shutil
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -39,7 +40,9 @@ class Train(Text, Place):
     )
     seed: int = setting(0, "of the choice and order of windows and of the adapters")
     stream_weights: bool = setting(False, "packed weights stay on disk and visit the device one block at a time")
-    lean_malloc: bool = setting(False, "on a CPU, hand freed tensors back at once: a fraction of the memory, more time")
+    lean_malloc: bool = setting(
+        False, "on a CPU, hand freed tensors back at once: a fraction of the memory, for fresh pages each time"
+    )
 
     def run(self, config) -> dict:
         """Trains under `config`, a LrecConfig; the report. Raises ValueError if the parts do not fit together."""
@@ -74,7 +77,7 @@ class Train(Text, Place):
             processing_class=tokenizer,
             train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
         )
-        result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        result = trainer.train(resume_from_checkpoint=self.start_from(config.resume_from_checkpoint))
         trainer.save_model(self.output_dir)
         history = [
             {k: row[k] for k in ("step", "loss", "kl", "ce", "hidden", "learning_rate") if k in row}
@@ -87,6 +90,17 @@ class Train(Text, Place):
             checkpoint.write_json(Path(self.output_dir) / checkpoint.ADAPTER_STAMP, report)
             shutil.rmtree(Path(self.output_dir) / WORKING_CACHE, ignore_errors=True)
         return report
+
+    def start_from(self, resume: bool | str | None) -> str | None:
+        """The checkpoint to go on from: for true, the last whole one, since a killed run may leave half of one; with
+        none yet training starts anew, and says so."""
+        if not isinstance(resume, bool) or not resume:
+            return resume or None
+        whole = whole_checkpoints(Path(self.output_dir))
+        if not whole:
+            warnings.warn(f"{self.output_dir} has no whole checkpoint yet: training starts anew", stacklevel=2)
+            return None
+        return str(whole[-1])
 
     def windows(self, tokenizer, config):
         """The training windows; where they must be cached first, no more of them than the steps will see."""
@@ -176,6 +190,18 @@ class Train(Text, Place):
             "torch": torch.__version__,
             "history": history,
         }
+
+
+def whole_checkpoints(directory: Path) -> list[Path]:
+    """The trainer's checkpoints in a directory, in order of their steps, without any that a killed run left half."""
+    found = {}
+    for path in directory.glob("checkpoint-*"):
+        try:
+            # Written last.
+            found[checkpoint.read_json(path / "trainer_state.json")["global_step"]] = path
+        except ValueError:
+            continue
+    return [found[step] for step in sorted(found)]
 
 
 def halve(path: Path) -> None:

@@ -38,12 +38,11 @@ def pack(model: nn.Module, bits: int) -> dict[str, tuple[Uniform, float]]:
     naming the module if it is no plain embedding or linear layer, or its weights are not finite.
     """
     check_bits(bits)
-    names = {module: name for name, module in model.named_modules()}
+    found, modules = {}, tables(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding.weight
-    found = {}
-    for module in [embedding] if tied or head is None else [embedding, head]:
-        name = names[module]
+    tied = head is not None and head not in modules.values()
+    names = {module: name for name, module in model.named_modules()}
+    for name, module in modules.items():
         check_plain(name, module)
         w_NK = module.weight.detach()
         packed = pack_rows(name, w_NK, bits)
@@ -56,6 +55,14 @@ def pack(model: nn.Module, bits: int) -> dict[str, tuple[Uniform, float]]:
             "transformers does not list; leave quantize_embeddings out"
         )
     return found
+
+
+def tables(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's embeddings and its head, unless it has none of its own, by name."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
+    names = {module: name for name, module in model.named_modules()}
+    return {names[module]: module for module in ends}
 
 
 def pack_rows(name: str, w_NK: Tensor, bits: int) -> Uniform:

@@ -3,10 +3,12 @@
 import dataclasses
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
-from lrec import load, memory, shapes
+from lrec import load, memory, pass_memory, shapes
+from lrec.capture import CaptureSettings
 from lrec.options import setting
 
 CARDS_GB = (4, 6, 8, 12, 16, 24)
@@ -24,10 +26,16 @@ class Estimate:
     lora_r: int = setting(16, "rank of the adapters on all linears")
     batch_size: int = setting(1, "windows in a micro-batch")
     max_length: int = setting(512, "tokens in a window")
-    gradient_checkpointing: bool = setting(True, "keep only what enters a block, and run it again in backward")
+    lora_dtype: Literal["float32", "bfloat16"] = setting("float32", "dtype of the adapters")
+    checkpointing: Literal["none", "block", "split"] = setting("block", "what a block keeps, see `lrec train`")
+    offload_checkpoints: bool = setting(False, "checkpoints lie in CPU memory until backward; on a GPU")
+    embeddings: Literal["device", "cpu"] = setting("device", "where the token embeddings' table lies")
+    quantize_embeddings: int | None = setting(None, "bits of embeddings and head: 8 or 4 (none: as they are)")
+    fused_backward: bool = setting(False, "each gradient is applied and freed as backward makes it")
     stream_weights: bool = setting(False, "packed weights stay on disk and visit one block at a time")
     optim: str = setting("adamw_torch", "optimizer, by the name that transformers gives it")
     calibration_tokens: int = setting(65536, "tokens of calibration text when quantizing")
+    sweep_tokens: int = setting(CaptureSettings.sweep_tokens, "tokens that pass the teacher at once when caching")
     device: str = setting("cuda", "cuda or cpu: which kernels run, and whether there is a CUDA context")
     dtype: str = setting("auto", "auto (float32 on a CPU, else bfloat16), float32, bfloat16")
     stored_dtype: str = setting("bfloat16", "dtype that embeddings and head are stored in")
@@ -43,8 +51,8 @@ class Estimate:
         trained = memory.training(config, setup)
         context = memory.CUDA_CONTEXT_BYTES if setup.device == "cuda" else 0
         needs = {
-            "quantize": memory.quantizing(config, setup, self.calibration_tokens),
-            "cache": memory.caching(config, setup),
+            "quantize": pass_memory.quantizing(config, setup, self.calibration_tokens).parts,
+            "cache": pass_memory.caching(config, setup, self.sweep_tokens).parts,
             "train": trained.parts,
         }
         needed, changed = trained.peak_bytes + context, []
@@ -71,13 +79,19 @@ class Estimate:
         if self.device not in ("cuda", "cpu"):
             raise ValueError(f"device {self.device!r} has no estimate; allowed: cuda, cpu")
         names = [f.name for f in dataclasses.fields(memory.Setup) if hasattr(self, f.name)]
-        same = {name: getattr(self, name) for name in names if name not in ("dtype", "stored_dtype")}
+        dtypes = ("dtype", "stored_dtype", "lora_dtype")
+        same = {name: getattr(self, name) for name in names if name not in dtypes}
+        if self.offload_checkpoints and (self.checkpointing == "none" or self.device == "cpu"):
+            raise ValueError("offload_checkpoints moves checkpoints from a GPU: it needs cuda, and checkpointing")
+        if self.stream_weights and self.checkpointing == "none":
+            raise ValueError("stream_weights needs checkpointing block or split: else backward holds every block")
         place = torch.device(self.device)
         return memory.Setup(
             **same,
             optimizer=self.optim,
             dtype=load.dtype_of(self.dtype, place),
             stored_dtype=load.dtype_of(self.stored_dtype, place),
+            lora_dtype=load.dtype_of(self.lora_dtype, place),
         )
 
     def card(self, limit: int, needed: int, changed: list[tuple[str, int]]) -> dict:
@@ -89,20 +103,27 @@ class Estimate:
         }
 
     def changes(self, setup: memory.Setup) -> list[tuple[str, dict]]:
-        """What could be changed, and how it is said on the command line; those that cost least come first."""
-        changes = []
-        if not setup.gradient_checkpointing:
-            changes.append(("--gradient_checkpointing true", {"gradient_checkpointing": True}))
-        if setup.optimizer.startswith("adamw") and setup.device == "cuda" and "8bit" not in setup.optimizer:
-            changes.append(("--optim adamw_bnb_8bit", {"optimizer": "adamw_bnb_8bit"}))
-        if setup.batch_size > 1:
-            changes.append(("--per_device_train_batch_size 1", {"batch_size": 1}))
-        halves = [setup.max_length // n for n in (2, 4) if setup.max_length // n >= 128]
-        changes += [(f"--max_length {n}", {"max_length": n}) for n in halves]
-        changes += [(f"--lora_r {r}", {"lora_r": r}) for r in (16, 8) if r < setup.lora_r]
-        if not setup.stream_weights and setup.gradient_checkpointing:
-            changes.append(("--stream_weights", {"stream_weights": True}))
-        return changes
+        """What could be changed, and how `lrec train` (or `lrec quantize`) spells it; what costs least comes first."""
+        gpu, packed = setup.device == "cuda", bool(setup.quantize_embeddings)
+        offers = [
+            (setup.checkpointing == "none", "--checkpointing block", {"checkpointing": "block"}),
+            (gpu and setup.embeddings == "device" and not packed, "--embeddings cpu", {"embeddings": "cpu"}),
+            (not setup.fused_backward, "--fused_backward true --max_grad_norm 0", {"fused_backward": True}),
+            (gpu and re.fullmatch("adamw(_torch.*)?", setup.optimizer), "--optim adamw_8bit",
+             {"optimizer": "adamw_8bit"}),
+            (setup.lora_dtype == torch.float32, "--lora_dtype bfloat16", {"lora_dtype": torch.bfloat16}),
+            (gpu and not setup.offload_checkpoints, "--checkpointing split --offload_checkpoints true",
+             {"checkpointing": "split", "offload_checkpoints": True}),
+            (not packed and setup.embeddings == "device", "--quantize_embeddings 8 of lrec quantize",
+             {"quantize_embeddings": 8}),
+            (setup.batch_size > 1, "--per_device_train_batch_size 1", {"batch_size": 1}),
+            *((setup.max_length // n >= 128, f"--max_length {setup.max_length // n}",
+               {"max_length": setup.max_length // n}) for n in (2, 4)),
+            *((r < setup.lora_r, f"--lora_r {r}", {"lora_r": r}) for r in (16, 8)),
+            (not setup.stream_weights, "--stream_weights" + " --checkpointing block" * (setup.checkpointing == "none"),
+             {"stream_weights": True, "checkpointing": setup.checkpointing.replace("none", "block")}),
+        ]  # fmt: skip
+        return [(flag, change) for offered, flag, change in offers if offered]
 
     def advice(self, limit: int, trained: memory.Prediction, context: int, flag: str | None) -> str:
         """What is needed, what takes most, and which flag makes it fit."""

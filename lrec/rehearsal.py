@@ -7,15 +7,19 @@ changes the figure by itself.
 """
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
 
 from lrec import anatomy
-from lrec.stream import BlockCall
+from lrec.stream import BlockCall, record_calls
 
 
 @dataclass(frozen=True)
@@ -57,20 +61,49 @@ class LiveBytes(TorchDispatchMode):
         self.live -= nbytes
 
 
-def rehearse(model: nn.Module, input_ids_BL: Tensor) -> list[Kept]:
-    """What each block of a model of fake tensors keeps and needs in a training step, in order.
+def rehearse(model: nn.Module, batch_size: int, max_length: int, fused: bool = False) -> list[Kept]:
+    """What each block of a model in training mode keeps and needs in a training step, in order; with `fused` the
+    gradients of parameters are freed as they are made.
 
-    Blocks that read alike are run once. To be called inside the model's `FakeTensorMode`, in training mode.
+    The model's tensors become fake ones, whatever they were. Blocks that read alike are run once.
     """
-    blocks = anatomy.find_blocks(model).modules
-    hidden_BLH, calls = _calls(model, blocks, input_ids_BL)
-    found: dict[str, Kept] = {}
-    for block, call in zip(blocks, calls, strict=True):
-        kind = f"{block} {getattr(block, 'layer_type', '')}"
-        if kind not in found:
-            found[kind] = _block(block, call, hidden_BLH)
-    order = [f"{block} {getattr(block, 'layer_type', '')}" for block in blocks]
-    return [found[kind] for kind in order]
+    with FakeTensorMode(), _one_window():
+        _make_fake(model)
+        if fused:
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(_free_gradient)
+        blocks = anatomy.find_blocks(model).modules
+        hidden_BLH, calls = record_calls(model, blocks, torch.ones(batch_size, max_length, dtype=torch.int64))
+        found: dict[str, Kept] = {}
+        for block, call in zip(blocks, calls, strict=True):
+            if _kind(block) not in found:
+                found[_kind(block)] = _block(block, call, hidden_BLH)
+        return [found[_kind(block)] for block in blocks]
+
+
+@contextmanager
+def _one_window() -> Iterator[None]:
+    """transformers looks into position ids for sequences packed into one window, and where it cannot, as with fake
+    tensors, makes masks and copies of keys that a real step has not."""
+    original, masking_utils.find_packed_sequence_indices = masking_utils.find_packed_sequence_indices, lambda *_: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
+
+
+def _kind(block: nn.Module) -> str:
+    return f"{block} {getattr(block, 'layer_type', '')}"
+
+
+def _make_fake(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            fake = torch.empty(p.shape, dtype=p.dtype)
+            module._parameters[name] = nn.Parameter(fake, requires_grad=p.requires_grad)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _block(block: nn.Module, call: BlockCall, hidden_BLH: Tensor) -> Kept:
@@ -87,27 +120,5 @@ def _block(block: nn.Module, call: BlockCall, hidden_BLH: Tensor) -> Kept:
     return Kept(kept, forward, backward)
 
 
-class _Reached(BaseException):
-    """Raised by the recorder to leave the forward pass once every block's arguments are known."""
-
-
-def _calls(model: nn.Module, blocks: list[nn.Module], ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
-    hidden, calls = [], []
-
-    def recorder(hidden_states, *args, **kwargs):
-        hidden.append(hidden_states)
-        calls.append(BlockCall(args, kwargs))
-        if len(calls) == len(blocks):
-            raise _Reached
-        return hidden_states
-
-    for block in blocks:
-        block.forward = recorder
-    try:
-        model(input_ids=ids, use_cache=False)
-    except _Reached:
-        pass
-    finally:
-        for block in blocks:
-            del block.forward
-    return hidden[0], calls
+def _free_gradient(parameter: Tensor) -> None:
+    parameter.grad = None

@@ -10,7 +10,7 @@ from lrec.blocks import Calibration, Pass, PassSettings
 from lrec.capture import Capture, CaptureSettings
 from lrec.options import setting
 from lrec.quantizers import Quantizer
-from lrec.stream import StreamedModel
+from lrec.stream import StreamedModel, trim
 from lrec.teacher import check_tokenizers
 
 
@@ -57,8 +57,10 @@ class Quantize(Text, Place):
         """
         device = load.device_of(self.device)
         dtype = load.dtype_of(self.dtype, device)
+        calibration = self.calibration()
+        trim()  # text and tokenizer go before the model comes
         streamed = StreamedModel(text.model_path(self.model), dtype, device)
-        report = Pass(streamed, quantizer, self.calibration(), Path(self.output_dir), settings, about).run()
+        report = Pass(streamed, quantizer, calibration, Path(self.output_dir), settings, about).run()
         return report | {"peak_bytes": machine.peak_bytes(device)}
 
     def calibration(self) -> Calibration | None:

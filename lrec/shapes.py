@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrec import anatomy, checkpoint, formats, text
+from lrec import anatomy, checkpoint, embeddings, formats, text
 from lrec.formats import Packed
-from lrec.formats.uniform import Uniform, check, groups
-from lrec.nn import PackedLinear
+from lrec.formats.uniform import RUN, Uniform, check, groups
+from lrec.nn import PackedLinear, replace
 from lrec.registry import nearest
 
 LLAMA2 = {"vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
@@ -117,9 +117,18 @@ def packed_model(model: nn.Module, bits: int, group_size: int, device: str | tor
     return fill(model, generator, device)
 
 
-def pack_empty(model: nn.Module, config, bits: int, group_size: int) -> None:
-    """Puts an empty `PackedLinear` on the meta device for each linear of the skeleton's blocks: as the configuration
-    of a packed model says, else uniform. Raises ValueError for bits or groups that a layer cannot have."""
+def table_spec(V: int, H: int, bits: int) -> dict:
+    """The spec of embeddings of V rows as `lrec.embeddings` packs them: that of a run of rows, with more of them."""
+    spec = embeddings.pack_rows("embeddings", torch.ones(RUN, H), bits).spec()
+    runs = {RUN: V, 1: -(-V // RUN)}
+    tensors = {name: [dtype, [runs[shape[0]], *shape[1:]]] for name, (dtype, shape) in spec["tensors"].items()}
+    return spec | {"shape": [V, H], "tensors": tensors}
+
+
+def pack_empty(model: nn.Module, config, bits: int, group_size: int, embedding_bits: int | None = None) -> None:
+    """Puts an empty `PackedLinear` on the meta device for each linear of the skeleton's blocks, and packs embeddings
+    and head to `embedding_bits`: as the configuration of a packed model says, else uniform. Raises ValueError for bits
+    or groups that a layer cannot have."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         from lrec.integrations.transformers import install
@@ -129,6 +138,11 @@ def pack_empty(model: nn.Module, config, bits: int, group_size: int) -> None:
         for name, linear in anatomy.linears(block).items():
             spec = uniform_spec(linear.out_features, linear.in_features, bits, group_size)
             block.set_submodule(name, PackedLinear(formats.empty(spec, "meta"), linear.bias, linear.weight.dtype))
+    if embedding_bits:
+        embeddings.check_bits(embedding_bits)
+        for name, table in embeddings.tables(model).items():
+            replace(model, name, formats.empty(table_spec(*table.weight.shape, embedding_bits), "meta"))
+        embeddings.tie(model)
 
 
 def packed_files(model: nn.Module, config, bits: int, group_size: int, directory: Path) -> dict[str, Path]:

@@ -45,6 +45,13 @@ class StepConfig(SFTConfig):
         self._check_choices()
         super().__post_init__()
 
+    @property
+    def checkpointed_parts(self) -> str:
+        """`checkpointing` with auto resolved: none, block or split."""
+        if self.checkpointing != "auto":
+            return self.checkpointing
+        return "block" if self.gradient_checkpointing else "none"
+
     def check_machine(self, device: torch.device, num_processes: int) -> None:
         """Raises ValueError for settings that this device or number of processes cannot serve."""
         optim, on_cpu = self.optim.value, device.type == "cpu"

@@ -120,23 +120,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def _capture(self, input_ids_BL: Tensor) -> tuple[Tensor, list[BlockCall]]:
-        hidden, calls = [], []
-
-        def recorder(hidden_states, *args, **kwargs):
-            hidden.append(hidden_states)
-            calls.append(BlockCall(args, kwargs))
-            if len(calls) == len(self.blocks):
-                raise Reached
-            return hidden_states
-
-        try:
-            with instead(self.blocks, recorder):
-                self.model(input_ids=input_ids_BL.to(self.device), use_cache=False)
-        except Reached:
-            return hidden[0], calls
-        raise ValueError(
-            f"{type(self.model).__name__} ran without visiting every block of {self.anatomy.path} once in order"
-        )
+        return record_calls(self.model, self.blocks, input_ids_BL.to(self.device))
 
     def _prepare_packed(self) -> None:
         quantization = getattr(self.config, "quantization_config", None)
@@ -222,6 +206,28 @@ def advance(block: nn.Module, name: str, states: list[Tensor], call: BlockCall) 
             )
 
 
+def record_calls(model: nn.Module, blocks: list[nn.Module], input_ids_BL: Tensor) -> tuple[Tensor, list[BlockCall]]:
+    """What enters the first block (B, L, H), and the further arguments of every block, none of which is run.
+
+    Raises ValueError if the model does not visit all of its blocks.
+    """
+    hidden, calls = [], []
+
+    def recorder(hidden_states, *args, **kwargs):
+        hidden.append(hidden_states)
+        calls.append(BlockCall(args, kwargs))
+        if len(calls) == len(blocks):
+            raise Reached
+        return hidden_states
+
+    try:
+        with instead(blocks, recorder):
+            model(input_ids=input_ids_BL, use_cache=False)
+    except Reached:
+        return hidden[0], calls
+    raise ValueError(f"{type(model).__name__} ran without visiting each of its {len(blocks)} blocks once in order")
+
+
 @contextmanager
 def instead(modules: list[nn.Module], forward: Callable) -> Iterator[None]:
     """Inside, calling any of these modules calls `forward`."""
@@ -254,7 +260,7 @@ def lean_malloc() -> None:
     """From now on every tensor of 64 KB or more is handed back to the system when it is freed, where the C library can.
 
     glibc's heap cannot reuse most of what aligned tensors leave behind: a step on SmolLM2 with 1024 tokens holds 1.6 GB
-    in it, and 0.36 GB so. The price is fresh pages: a half more time for a model that small, none to speak of at 7B.
+    in it, and 0.36 GB so. The price is fresh pages for every such tensor.
     """
     global _mmap_bytes
     _mmap_bytes = MMAP_BYTES

@@ -1,4 +1,9 @@
-"""What several tests share: the one table of tolerances, closeness with a useful message, tiny random models."""
+"""What several tests share: the one table of tolerances, closeness with a useful message, tiny random models, kills."""
+
+import multiprocessing
+import os
+import random
+import time
 
 import torch
 
@@ -53,3 +58,22 @@ def tiny_model(directory, max_shard_size="50GB", **changes):
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(directory)
     return model
+
+
+def kill_at_random(job, seconds, at_work):
+    """Runs job() in processes of their own and kills each (SIGKILL) at a random moment within `seconds`.
+
+    LREC_KILLS times, or 4; more, at most five times as many, until `at_work()`, called after each kill, has once been
+    true: a test whose kills all come too early or too late proves nothing, and fails.
+    """
+    moments, kills, met = random.Random(0), int(os.environ.get("LREC_KILLS", "4")), 0
+    for count in range(5 * kills):
+        if count >= kills and met:
+            break
+        child = multiprocessing.get_context("fork").Process(target=job)
+        child.start()
+        time.sleep(moments.uniform(0, seconds))
+        child.kill()
+        child.join()
+        met += bool(at_work())
+    assert met, "no kill met the job at work"

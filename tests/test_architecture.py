@@ -17,7 +17,7 @@ FLOORS = [
     "anatomy cache checkpoint cpu_embeddings embeddings head losses lowrank optimizers teacher text topk ggml",
     "integrations",
     "stream load assembly allocation sweep blockwise meter forward step ends shapes rehearsal offload lora_files",
-    "blocks capture trainer evaluate export report bench memory estimate rewrite fold imports",
+    "blocks capture trainer evaluate export report bench memory pass_memory estimate rewrite fold imports",
     "runs correction",
     "recipe compare restore",
     "cli",

@@ -9,12 +9,14 @@ from typing import Literal
 
 import torch
 
-from lrec import load, memory, offload, shapes
+from lrec import embeddings, load, memory, offload, shapes
 from lrec.bench import keep
 from lrec.ends import keep_stored
 from lrec.head import Head
+from lrec.integrations.checkpointing import split_blocks
 from lrec.losses import Objective, Targets, divergence, shift_labels
 from lrec.meter import Meter
+from lrec.optimizers import OneByOne
 from lrec.options import setting
 from lrec.stream import lean_malloc
 from lrec.teacher import final_hidden
@@ -31,7 +33,10 @@ class ShapeStep:
     lora_r: int = setting(16, "rank of the adapters on all linears")
     tokens: int = setting(512, "tokens in a step, one window")
     loss: Literal["kl", "ce"] = setting("kl", "KL to random hidden states through the frozen head, or cross-entropy")
-    gradient_checkpointing: bool = setting(True, "keep only what enters a block, and run it again in backward")
+    lora_dtype: Literal["float32", "bfloat16"] = setting("float32", "dtype of the adapters")
+    checkpointing: Literal["none", "block", "split"] = setting("block", "what a block keeps, see `lrec train`")
+    fused_backward: bool = setting(False, "each gradient is applied and freed as backward makes it")
+    quantize_embeddings: int | None = setting(None, "bits of embeddings and head: 8 or 4 (none: as they are)")
     stream_weights: bool = setting(False, "packed weights stay on disk and visit one block at a time")
     optimizer: Literal["adamw", "sgd"] = setting("adamw", "optimizer of the adapters")
     stored_dtype: str = setting("bfloat16", "dtype that embeddings and head are stored in")
@@ -46,11 +51,11 @@ class ShapeStep:
         if device.type == "cpu":
             lean_malloc()
         dtype = load.dtype_of(self.dtype, device)
-        if self.stream_weights and not self.gradient_checkpointing:
-            raise ValueError(
-                "stream_weights needs gradient_checkpointing: else backward holds the weights of all blocks"
-            )
+        if self.stream_weights and self.checkpointing == "none":
+            raise ValueError("stream_weights needs checkpointing block or split: else backward holds every block")
         config = shapes.config_of(self.shape, self.num_layers)
+        if self.stream_weights and self.quantize_embeddings:
+            raise ValueError("quantize_embeddings is measured with weights in memory: leave stream_weights out")
         predicted = memory.training(config, self.setup(device, dtype))
         # Code that runs for the first time is read from disk: that is the libraries' memory, not the step's.
         self.steps(shapes.config_of("smollm2-135m", 1), device, dtype, tokens=16)
@@ -82,7 +87,10 @@ class ShapeStep:
             group_size=self.group_size,
             lora_r=self.lora_r,
             max_length=self.tokens,
-            gradient_checkpointing=self.gradient_checkpointing,
+            checkpointing=self.checkpointing,
+            lora_dtype=load.dtype_of(self.lora_dtype, device),
+            fused_backward=self.fused_backward,
+            quantize_embeddings=self.quantize_embeddings,
             stream_weights=self.stream_weights,
             optimizer=self.optimizer,
             kl_weight=float(self.loss == "kl"),
@@ -94,11 +102,11 @@ class ShapeStep:
 
     def steps(self, config, device: torch.device, dtype: torch.dtype, tokens: int) -> tuple[list[float], float]:
         """Builds the model and makes the steps; seconds of each, and the last loss."""
-        stored = load.dtype_of(self.stored_dtype, device)
-        model = keep_stored(shapes.skeleton(config, dtype), stored)
+        model = shapes.skeleton(config, dtype)
+        if not self.quantize_embeddings:
+            model = keep_stored(model, load.dtype_of(self.stored_dtype, device))
         model = self.adapted(self.packed(model, config, device))
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[self.optimizer](trained, lr=1e-4)
+        optimizer = self.stepper(model)
         text_config = config.get_text_config()
         ids = torch.randint(0, text_config.vocab_size, (1, tokens), device=device)
         hidden = torch.randn(tokens, text_config.hidden_size, dtype=torch.bfloat16, device=device)
@@ -117,10 +125,23 @@ class ShapeStep:
             seconds.append(time.perf_counter() - start)
         return seconds, total.loss.item() / total.num_tokens
 
+    def stepper(self, model) -> torch.optim.Optimizer:
+        """The optimizer of the adapters, as the trainer makes it."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[self.optimizer](trained, lr=1e-4)
+        if self.fused_backward or self.lora_dtype == "bfloat16":
+            optimizer = OneByOne(optimizer)
+        if self.fused_backward:
+            optimizer.fuse()
+        return optimizer
+
     def packed(self, model, config, device: torch.device):
         """The skeleton with random packed weights, in memory or in a temporary directory that they visit from."""
         if not self.stream_weights:
-            return shapes.packed_model(model, self.bits, self.group_size, device)
+            model = shapes.packed_model(model, self.bits, self.group_size, device)
+            if self.quantize_embeddings:
+                embeddings.pack(model, self.quantize_embeddings)
+            return model
         directory = tempfile.TemporaryDirectory()
         files = shapes.packed_files(model, config, self.bits, self.group_size, Path(directory.name))
         model.lrec_offload = offload.attach(model, files, device), directory
@@ -133,6 +154,12 @@ class ShapeStep:
         from lrec import prepare_model_for_training
 
         torch.manual_seed(0)
-        base = prepare_model_for_training(base, use_gradient_checkpointing=self.gradient_checkpointing)
+        base = prepare_model_for_training(base, use_gradient_checkpointing=self.checkpointing != "none")
         lora = LoraConfig(r=self.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
-        return get_peft_model(base, lora).train()
+        model = get_peft_model(base, lora).train()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, self.lora_dtype))
+        if self.checkpointing == "split":
+            split_blocks(model)
+        return model

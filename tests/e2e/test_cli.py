@@ -288,7 +288,7 @@ def test_streamed_weights_train_the_same_adapter_and_memory_is_told(place, capsy
     for name, more in (("plain", []), ("streamed", ["--stream_weights"])):
         told = report(place, capsys, "train", *words, *more, "--output_dir", str(tmp_path / name))
         assert told["predicted_peak_bytes"] == sum(row["bytes"] for row in told["parts"])
-        assert told["measured_peak_bytes"] > 0
+        assert told["measured_peak_bytes"] > 0 and "--lean_malloc" in told["measured_with"]
     plain, streamed = (tmp_path / name / "adapter_model.safetensors" for name in ("plain", "streamed"))
     assert plain.read_bytes() == streamed.read_bytes()
     words[words.index("true")] = "false"

@@ -14,15 +14,12 @@ FLOAT32 = 4
 
 # Run in a process of its own, after a pass over a tiny model has loaded every library and made its workspaces.
 MEASURE = """
-import gc, sys, torch
+import sys, torch
 from pathlib import Path
 from lrec.blocks import Calibration, Pass
+from lrec.meter import Meter
 from lrec.quantizers.gptq import GPTQ
-from lrec.stream import StreamedModel, trim
-
-def resident(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+from lrec.stream import StreamedModel
 
 def run(name, length):
     streamed = StreamedModel(Path(name), torch.float32)
@@ -30,12 +27,9 @@ def run(name, length):
     Pass(streamed, GPTQ(group_size=32), Calibration(ids), Path(name + "-packed")).run()
 
 run("tiny", 16)
-gc.collect()
-trim()
-Path("/proc/self/clear_refs").write_text("5")
-before = resident("VmRSS")
+meter = Meter(torch.device("cpu"))
 run("model", int(sys.argv[1]))
-print(resident("VmHWM") - before)
+print(meter.peak())
 """
 
 

@@ -1,6 +1,7 @@
 """Predicted memory: the rehearsal counts what autograd really keeps, the weights are the model's own, and the verb
 answers in cards and flags."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,11 +10,16 @@ from checks import tiny_llama, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from lrec import memory, shapes
+from lrec import anatomy, embeddings, memory, options, rehearsal, shapes
+from lrec.bench.shape import ShapeStep
+from lrec.blocks import PassSettings
 from lrec.cli import main
+from lrec.correction import Train
 from lrec.ends import keep_stored
-from lrec.estimate import size_of
-from lrec.rehearsal import LiveBytes
+from lrec.estimate import Estimate, size_of
+from lrec.rehearsal import LiveBytes, rehearse
+from lrec.stream import record_calls
+from lrec.trainer import LrecConfig
 
 
 def test_live_bytes_are_those_of_storages_from_birth_to_death():
@@ -56,9 +62,9 @@ def test_what_a_block_keeps_follows_from_checkpointing_and_length():
 
     def kept(**changes):
         setup = memory.Setup(**({"max_length": 64} | changes))
-        return memory.rehearsed(memory.adapted_skeleton(config, setup), setup)
+        return rehearse(memory.adapted_skeleton(config, setup), setup.batch_size, setup.max_length)
 
-    checkpointed, longer, without = kept(), kept(max_length=128), kept(gradient_checkpointing=False)
+    checkpointed, longer, without = kept(), kept(max_length=128), kept(checkpointing="none")
     assert len(checkpointed) == 3
     # Its output, and the state of the random generator.
     assert 64 * width <= checkpointed[0].kept <= 64 * width + 6000
@@ -107,3 +113,84 @@ def test_sizes_are_read_in_their_units():
 def test_an_unknown_shape_names_the_known_ones(capsys):
     assert main(["estimate", "--model", "llama-7c"]) == 2
     assert "llama-70b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_ends_are_counted_as_they_are_stored(tied, bits):
+    config = tiny_llama(tie_word_embeddings=tied, vocab_size=250).config
+    setup = memory.Setup(bits=2, group_size=32, lora_r=4, max_length=32, quantize_embeddings=bits)
+    parts = memory.training(config, setup).parts
+    model = tiny_llama(tie_word_embeddings=tied, vocab_size=250)
+    found = embeddings.pack(model, bits)
+    assert parts["embeddings"] == found["model.embed_tokens"][0].nbytes < 250 * 64 * 2
+    assert parts.get("head") == (None if tied else found["lm_head"][0].nbytes)
+
+
+def test_dtype_and_optimizer_of_the_adapters_decide_what_stands_and_what_piles_up():
+    config = tiny_llama(hidden_size=256, intermediate_size=512, num_hidden_layers=3).config
+
+    def predicted(**changes):
+        # One token of logits: the fullest moment is then where the gradients are.
+        setup = memory.Setup(group_size=32, lora_r=32, max_length=8, loss_chunk_tokens=1, **changes)
+        return memory.training(config, setup)
+
+    number = 3 * 32 * (2 * (256 + 256) + 2 * (256 + 128) + 3 * (256 + 512))
+    plain = predicted()
+    assert plain.parts["adapters"] == 4 * number and plain.parts["optimizer"] == 8 * number
+    narrow = predicted(lora_dtype=torch.bfloat16)
+    # States of a float32 step: they do not shrink with the adapters.
+    assert narrow.parts["adapters"] == 2 * number and narrow.parts["optimizer"] == 8 * number
+    eight = predicted(optimizer="adamw_8bit").parts["optimizer"]
+    # No matrix here is too small for 8 bits; a float32 scale for each 256 of both states.
+    assert eight == 2 * number + 2 * 4 * number // 256
+    assert plain.parts["gradients"] + plain.parts.get("freed gradients", 0) >= 4 * number
+    # Fused, one gradient is alive at a time: nearly all of them are saved.
+    fused = predicted(fused_backward=True)
+    assert "gradients" not in fused.parts and plain.peak_bytes - fused.peak_bytes > 0.5 * 4 * number
+
+
+def test_split_blocks_keep_one_more_tensor_and_need_half_as_much():
+    config = shapes.config_of("smollm2-135m", 2)
+    block, split = (
+        rehearse(memory.adapted_skeleton(config, memory.Setup(checkpointing=parts)), 1, 512)[0]
+        for parts in ("block", "split")
+    )
+    assert split.kept - block.kept == pytest.approx(512 * 576 * 4, abs=6000)
+    assert split.backward < 0.85 * block.backward
+
+
+def test_offloaded_checkpoints_and_embeddings_leave_the_gpu():
+    config = shapes.config_of("llama-7b", 4)
+    base = memory.Setup(device="cuda", dtype=torch.bfloat16, max_length=2048)
+    plain = memory.training(config, base).parts
+    away = memory.training(config, dataclasses.replace(base, embeddings="cpu", offload_checkpoints=True)).parts
+    assert plain["embeddings"] == 32000 * 4096 * 2 and "embeddings" not in away
+    assert away.get("checkpoints", 0) < plain["checkpoints"] + 2048 * 4096 * 2
+    assert memory.training(config, dataclasses.replace(base, device="cpu", embeddings="cpu")).parts["embeddings"]
+
+
+def test_advice_is_spelled_in_flags_of_lrec_train(tmp_path):
+    estimate = Estimate(model="llama-7b", lora_r=64, batch_size=2, checkpointing="none")
+    flags = [flag for flag, _ in estimate.changes(estimate.setup())]
+    assert len(flags) == 13
+    for flag in flags:
+        words = flag.removesuffix(" of lrec quantize").split()
+        values = options.settings(words)
+        if flag.endswith("of lrec quantize"):
+            options.fill(values, PassSettings)
+        else:
+            needed = {"model": "m", "output_dir": str(tmp_path), "dataset": "d", "use_cpu": True, "max_steps": 1}
+            options.fill(needed | values, Train, LrecConfig)
+
+
+@pytest.mark.parametrize("parts", ["none", "block", "split"])
+def test_a_rehearsed_block_keeps_what_a_real_one_keeps(parts):
+    config = shapes.config_of("smollm2-135m", 2)
+    fake = rehearse(memory.adapted_skeleton(config, memory.Setup(checkpointing=parts)), 1, 48)[0]
+    step = ShapeStep(shape="smollm2-135m", checkpointing=parts, device="cpu")
+    base = shapes.packed_model(keep_stored(shapes.skeleton(config, torch.float32), torch.bfloat16), 2, 128)
+    model = step.adapted(base)
+    blocks = anatomy.find_blocks(model).modules
+    hidden, calls = record_calls(model, blocks, torch.ones(1, 48, dtype=torch.int64))
+    assert rehearsal._block(blocks[0], calls[0], hidden) == fake

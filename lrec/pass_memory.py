@@ -1,0 +1,79 @@
+"""Bytes that the two passes which stream a model block by block will take: quantizing it, and caching it as a teacher.
+
+Arithmetic on the model's skeleton; `lrec.memory` does the same for training. Each has moments at which memory may be
+fullest, and the peak is the largest of their sums. What is read from a file counts on a CPU as long as the file is
+open, and what is written to one is there three times: as tensors, as their bytes, and as the file's.
+"""
+
+from torch import nn
+
+from lrec import anatomy, shapes
+from lrec.head import output_layer
+from lrec.memory import Prediction, Setup
+
+
+def quantizing(config, setup: Setup, calibration_tokens: int) -> Prediction:
+    """The block-by-block pass: embeddings first, then one block, the hidden states of all calibration tokens, the
+    statistics of its inputs (each one's Hessian; of the widest, its inverse and its factor too), and what the solver
+    holds of its largest weight in float32."""
+    model = shapes.skeleton(config, setup.dtype)
+    blocks = anatomy.find_blocks(model).modules
+    linears = anatomy.linears(blocks[0]).values()
+    widest = max(linear.in_features for linear in linears)
+    inputs = {linear.in_features for linear in linears}
+    states = calibration_tokens * output_layer(model).in_features * setup.dtype.itemsize
+    moments = ends(model, setup, states) | {
+        "block": {
+            "block": max(map(_block_bytes, blocks)),
+            "hidden states": states,
+            # Each group of linears that share an input has a Hessian until its turn comes.
+            "statistics": 4 * (sum(k * k for k in inputs) + 2 * min(inputs) ** 2) + 3 * 4 * widest**2,
+            "solver": 4 * 4 * max(linear.weight.numel() for linear in linears),
+        },
+    }
+    if setup.device == "cpu":
+        moments["write"] = {"embeddings and head, three times": 3 * stored_bytes(model, setup), "hidden states": states}
+    return _fullest(moments)
+
+
+def caching(config, setup: Setup, sweep_tokens: int) -> Prediction:
+    """Streaming the teacher: its embeddings, then two blocks, the hidden states of a sweep and a batch's forward; at
+    last the sweep's states in bfloat16."""
+    model = shapes.skeleton(config, setup.dtype)
+    blocks = anatomy.find_blocks(model).modules
+    width, hidden_size = setup.dtype.itemsize, output_layer(model).in_features
+    widest = max(max(m.in_features, m.out_features) for m in anatomy.linears(blocks[0]).values())
+    states = sweep_tokens * hidden_size * width
+    moments = ends(model, setup, states) | {
+        "blocks": {
+            "two blocks": sum(sorted(map(_block_bytes, blocks))[-2:]),
+            "hidden states": states,
+            "forward": 4 * setup.tokens * widest * width,
+        }
+    }
+    if setup.device == "cpu":
+        moments["write"] = {"a shard, three times": 3 * sweep_tokens * hidden_size * 2}
+        moments["write head"] = {"head, three times": 3 * 2 * output_layer(model).weight.numel()}
+    return _fullest(moments)
+
+
+def ends(model: nn.Module, setup: Setup, states: int) -> dict[str, dict[str, int]]:
+    """The moments at which embeddings and head are in memory: read from their file, and used."""
+    there = {"embeddings and head": stored_bytes(model, setup) // setup.stored_dtype.itemsize * setup.dtype.itemsize}
+    pages = {"their pages": stored_bytes(model, setup)} if setup.device == "cpu" else {}
+    return {"load": there | pages, "embed": there | {"hidden states": states}}
+
+
+def stored_bytes(model: nn.Module, setup: Setup) -> int:
+    """Bytes on disk of embeddings and head, one if they are tied."""
+    weights = {id(w): w.numel() for w in (model.get_input_embeddings().weight, output_layer(model).weight)}
+    return sum(weights.values()) * setup.stored_dtype.itemsize
+
+
+def _block_bytes(block: nn.Module) -> int:
+    return sum(p.nbytes for p in block.parameters())
+
+
+def _fullest(moments: dict[str, dict[str, int]]) -> Prediction:
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    return Prediction(moment, moments[moment])
