@@ -212,7 +212,7 @@ class Pass:
                 packed = refined.pop(linear) if refined else self._pack(layer, w_NK, seen)
                 residual_NK = w_NK - packed.unpack()
                 row = layer_row(layer, packed, residual_NK, w_NK, hessian_KK)
-                rows.append(row | {"bits": self.bits[layer]} | told)
+                rows.append(row | {"bits": self.bits[layer]} | told | self.quantizer.measure(packed, w_NK))
                 if self.settings.init_rank:
                     rank = min(self.settings.init_rank, *packed.shape)
                     factors[layer] = lowrank.factor(residual_NK, rank, hessian_KK)

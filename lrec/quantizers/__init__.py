@@ -75,6 +75,10 @@ class Quantizer:
         """What a method defines: finite float32 or float64 weights and the statistics it needs to a packed weight."""
         raise NotImplementedError
 
+    def measure(self, packed: Packed, w_NK: Tensor) -> dict[str, float]:
+        """What the report says of a layer beside its error: nothing, unless a method has something of its own."""
+        return {}
+
     @property
     def refines(self) -> bool:
         """Whether `refine` is to be called; then the pass carries the full-precision model's hidden states too."""
@@ -115,6 +119,7 @@ class UniformQuantizer(Quantizer):
 
     bits: int = setting(2, f"bits per code: {', '.join(map(str, uniform.WIDTHS))}")
     group_size: int = setting(64, "columns that share a scale and zero, 16 or more; 0 for the whole row")
+    per_tensor: bool = setting(False, "one scale and zero for the whole matrix (with group_size 0)")
     symmetric: bool = setting(False, "fix the zero point at the middle code 2^(bits-1) and store none")
     zero_point: str = setting("int", "how zero points are stored: int (in `bits` bits) or float (fp16)")
     scale_search: str = setting("mse", "how scales are chosen: minmax (full range) or mse (search of a clipped range)")
@@ -129,16 +134,24 @@ class UniformQuantizer(Quantizer):
             raise ValueError(registry.nearest(self.scale_search, ("minmax", "mse"), "scale_search"))
         if self.scale_bits not in uniform.SCALE_WIDTHS:
             raise ValueError(f"scale_bits = {self.scale_bits} is not offered; allowed: 8, 16")
+        if self.per_tensor and self.group_size:
+            raise ValueError(f"per_tensor has no groups; give group_size 0 with it, not {self.group_size}")
         if self.symmetric and self.zero_point == "float":
             raise ValueError("a symmetric grid stores no zero point, so it cannot be float; leave out one of the two")
 
     def grid(self, w_NK: Tensor, weight_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`find_grid` by these settings. Raises ValueError if the group size does not fit K."""
-        K = w_NK.shape[1]
+        """`find_grid` by these settings; one for all rows if `per_tensor`. Raises ValueError if the group size does not
+        fit K."""
+        N, K = w_NK.shape
         group_size = self.group_size or K
         uniform.check(self.bits, group_size, K)
         zero_point = "middle" if self.symmetric else self.zero_point
-        return find_grid(w_NK, self.bits, group_size, zero_point, weight_K, self.scale_search, self.scale_bits)
+        how = (zero_point, weight_K, self.scale_search, self.scale_bits)
+        if not self.per_tensor:
+            return find_grid(w_NK, self.bits, group_size, *how)
+        how = (zero_point, None if weight_K is None else weight_K.repeat(N), *how[2:])
+        scale, zero = find_grid(w_NK.reshape(1, -1), self.bits, N * K, *how)
+        return scale.repeat(N, 1), zero.repeat(N, 1)
 
     def pack(self, codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> Uniform:
         """The packed weight of codes on a grid that `grid` returned."""

@@ -61,18 +61,20 @@ class GPTQ(UniformQuantizer):
         order_K = order_K.to(w_NK.device)
         r_KK, cost_K = factor(h_KK, self.damp_percent, order_K)
         cost_K = torch.empty_like(cost_K).index_copy_(0, order_K, cost_K)
+        dead_K = power_K == 0
+        w_NK = w_NK.masked_fill(dead_K, 0) if dead_K.any() else w_NK
+        # Of the whole weight, since rows may share parts of a grid.
+        grid = self.grid(w_NK, cost_K)
         slice_weights = SLICE_WEIGHTS_CPU if w_NK.device.type == "cpu" else SLICE_WEIGHTS_GPU
-        slices = w_NK.split(max(1, slice_weights // len(power_K)))
-        parts = [self._quantize_rows(rows.masked_fill(power_K == 0, 0), order_K, r_KK, cost_K) for rows in slices]
-        return self.pack(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        slices = zip(*(t.split(max(1, slice_weights // len(power_K))) for t in (w_NK, *grid)), strict=True)
+        return self.pack(torch.cat([self._round_rows(*rows, order_K, r_KK) for rows in slices]), *grid)
 
-    def _quantize_rows(self, w_NK: Tensor, order_K: Tensor, r_KK: Tensor, cost_K: Tensor) -> tuple[Tensor, ...]:
-        scale_NG, zero_NG = self.grid(w_NK, cost_K)
+    def _round_rows(self, w_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor, order_K: Tensor, r_KK: Tensor) -> Tensor:
         columns = [per_column(g, len(order_K), self.group_size, w_NK.dtype) for g in (scale_NG, zero_NG)]
         in_order = [t[:, order_K].t().contiguous() for t in (w_NK, *columns)]
         del columns
         codes_KN = round_columns(*in_order, r_KK, self.bits, self.block_size)
-        return torch.empty_like(codes_KN).index_copy_(0, order_K, codes_KN).t(), scale_NG, zero_NG
+        return torch.empty_like(codes_KN).index_copy_(0, order_K, codes_KN).t()
 
 
 def factor(h_KK: Tensor, damp_percent: float, order_K: Tensor | None = None) -> tuple[Tensor, Tensor]:

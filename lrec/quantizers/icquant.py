@@ -71,6 +71,23 @@ class IcQuant(Quantizer):
             codes_NK[mask] = part.int().flatten()
         return Outlier.pack(codes_NK, outlier_NK, levels, self.bits, self.index_bits)
 
+    def measure(self, packed: Outlier, w_NK: Tensor) -> dict[str, float]:
+        """What taking out outliers gained and cost on this layer.
+
+        inlier_range: mean over rows of (range of inliers) / (range of all), 0.5 being worth one bit;
+        outliers: their share; index_bits_per_weight: as stored; expected_index_bits: by the formula for even positions.
+        """
+        outlier = packed.outliers().bool()
+        inlier = torch.where(outlier, 0, w_NK)
+        range_of = [x.amax(1) - x.amin(1) for x in (inlier, w_NK)]
+        share = float(outlier.float().mean())
+        return {
+            "inlier_range": float((range_of[0] / range_of[1].clamp_min(1e-30)).mean()),
+            "outliers": share,
+            "index_bits_per_weight": packed.index_bits_per_weight,
+            "expected_index_bits": expected_index_bits(share, packed.index_bits),
+        }
+
     def _clusters(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         rows = max(1, SLICE_WEIGHTS // x.shape[1])
         pairs = zip(x.split(rows), weight.split(rows), strict=True)
@@ -112,21 +129,3 @@ def _refit(sums: Sums, step: Tensor, low: Tensor, num_levels: int) -> tuple[Tens
         scale, base = sums.refit(scale, base, q)
     best = sums.gain(base[..., None] + scale[..., None] * q).argmax(1, keepdim=True)
     return scale.gather(1, best)[:, 0], base.gather(1, best)[:, 0]
-
-
-def report(packed: Outlier, w_NK: Tensor) -> dict[str, float]:
-    """What taking out outliers gained and cost on this layer.
-
-    inlier_range: mean over rows of (range of inliers) / (range of all), 0.5 being worth one bit;
-    outliers: their share; index_bits_per_weight: as stored; expected_index_bits: by the formula for even positions.
-    """
-    outlier = packed.outliers().bool()
-    inlier = torch.where(outlier, 0, w_NK)
-    range_of = [x.amax(1) - x.amin(1) for x in (inlier, w_NK)]
-    share = float(outlier.float().mean())
-    return {
-        "inlier_range": float((range_of[0] / range_of[1].clamp_min(1e-30)).mean()),
-        "outliers": share,
-        "index_bits_per_weight": packed.index_bits_per_weight,
-        "expected_index_bits": expected_index_bits(share, packed.index_bits),
-    }

@@ -295,6 +295,31 @@ def test_gptq_is_the_textbook_twin(act_order, block_size, grid, shape):
         assert_close(scale * (packed.codes() - zero), scale * (codes - zero), 1e-9)
 
 
+@STORED
+def test_gptq_rounds_rows_in_slices_to_the_same_weight(grid, monkeypatch):
+    w, statistics = problem(75, 130, dtype=torch.float64)
+    quantizer = GPTQ(bits=2, **grid)
+    whole = quantizer(w, statistics)
+    monkeypatch.setattr("lrec.quantizers.gptq.SLICE_WEIGHTS_CPU", 130 * 17)
+    sliced = quantizer(w, statistics)
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(sliced.tensors()[name], tensor), name
+
+
+@pytest.mark.parametrize("method", [RTN, GPTQ])
+@STORED
+def test_per_tensor_is_one_grid_for_all_rows(method, grid):
+    w, statistics = problem(40, 130)
+    quantizer = method(bits=3, group_size=0, per_tensor=True, **grid)
+    packed = quantizer(w, statistics)
+    assert (packed.scales() == packed.scales()[0, 0]).all() and (packed.zeros() == packed.zeros()[0, 0]).all()
+    if method is RTN:
+        alone = RTN(bits=3, group_size=0, **grid)(w.reshape(1, -1))
+        assert torch.equal(packed.unpack().reshape(1, -1), alone.unpack())
+    with pytest.raises(ValueError, match="group_size 0"):
+        method(per_tensor=True)
+
+
 def test_gptq_in_float32_is_almost_the_twin():
     w, statistics = problem(64, 256)
     gptq = GPTQ(bits=3)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lrec.formats import unpack_codes
 from lrec.formats.outlier import TILE, Outlier, encode_positions, expected_index_bits, golden_stride
-from lrec.quantizers.icquant import IcQuant, fit_grid, report
+from lrec.quantizers.icquant import IcQuant, fit_grid
 from lrec.statistics import Statistics
 
 
@@ -173,7 +173,7 @@ def test_report_measures_ranges_and_index():
     w[:, ::2] = -0.5
     w[0, 3], w[0, 4], w[1, 5], w[1, 20] = 2.0, -2.0, 4.0, -4.0
     packed = IcQuant(gamma=0.05)(w)
-    told = report(packed, w)
+    told = IcQuant().measure(packed, w)
     assert told["inlier_range"] == pytest.approx((1 / 4 + 1 / 8) / 2)
     assert told["outliers"] == pytest.approx(0.05)
     assert told["index_bits_per_weight"] == packed.index_bits_per_weight
