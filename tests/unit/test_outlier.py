@@ -119,29 +119,34 @@ def test_minmax_twin(bits, shape, gamma):
     assert ((packed.unpack().double() - decoded).abs() < 1e-5).float().mean() > 0.998
 
 
-def best_even_grid(x, levels):
-    """Least squared error over all even grids: every way to give ascending codes to the sorted row."""
-    x = x.double().sort().values
+def best_even_grid(x, weight, levels):
+    """Least weighted squared error over all even grids: every way to give ascending codes to the sorted row."""
+    x, order = x.double().sort()
+    weight = weight[order]
     best = float("inf")
     for cuts in itertools.combinations_with_replacement(range(len(x) + 1), levels - 1):
         q = torch.zeros(len(x), dtype=torch.float64)
         for cut in cuts:
             q[cut:] += 1
         design = torch.stack([q, torch.ones_like(q)], 1)
-        fitted = design @ (torch.linalg.pinv(design) @ x)
-        best = min(best, float((x - fitted).square().sum()))
+        root = weight.sqrt()
+        fitted = design @ (torch.linalg.pinv(design * root[:, None]) @ (x * root))
+        best = min(best, float(((x - fitted).square() * weight).sum()))
     return best
 
 
-def test_mse_grids_never_beat_the_optimum_and_come_close():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_mse_grids_never_beat_the_optimum_and_come_close(weighted):
     torch.manual_seed(3)
     x = torch.randn(8, 12)
+    weight = torch.rand(8, 12, dtype=torch.float64) ** 2 + 0.01 if weighted else torch.ones(8, 12, dtype=torch.float64)
     cost = {}
     for search in ("minmax", "mse"):
-        scale, base = fit_grid(x, 4, search)
+        scale, base = fit_grid(x, 4, search, weight if weighted else None)
         levels = base[:, None] + scale[:, None] * torch.arange(4)
-        cost[search] = (x.double()[..., None] - levels[:, None]).square().amin(-1).sum(1)
-    best = torch.tensor([best_even_grid(row, 4) for row in x], dtype=torch.float64)
+        errors = (x.double()[..., None] - levels[:, None]).square().amin(-1)
+        cost[search] = (errors * weight).sum(1)
+    best = torch.tensor([best_even_grid(*row, 4) for row in zip(x, weight, strict=True)], dtype=torch.float64)
     assert (cost["mse"] >= best * (1 - 1e-9)).all()
     assert (cost["mse"] <= cost["minmax"] * (1 + 1e-9)).all()
     assert cost["mse"].sum() <= 1.25 * best.sum()
