@@ -60,6 +60,25 @@ def tiny_model(directory, max_shard_size="50GB", **changes):
     return model
 
 
+def _apart(job):
+    # Forked from a server that imported what jobs need and ran nothing: a fork of a process whose OpenMP threads have
+    # worked would hang at its first product.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lrec.correction", "lrec.trainer", "transformers.models.llama.modeling_llama"])
+    child = context.Process(target=job)
+    child.start()
+    return child
+
+
+def run_apart(job):
+    """Runs job(), which must be picklable, in a process of its own; returns how many seconds it took."""
+    start = time.monotonic()
+    child = _apart(job)
+    child.join()
+    assert child.exitcode == 0, f"the job ended with exit code {child.exitcode}"
+    return time.monotonic() - start
+
+
 def kill_at_random(job, seconds, at_work):
     """Runs job() in processes of their own and kills each (SIGKILL) at a random moment within `seconds`.
 
@@ -70,8 +89,7 @@ def kill_at_random(job, seconds, at_work):
     for count in range(5 * kills):
         if count >= kills and met:
             break
-        child = multiprocessing.get_context("fork").Process(target=job)
-        child.start()
+        child = _apart(job)
         time.sleep(moments.uniform(0, seconds))
         child.kill()
         child.join()

@@ -16,7 +16,6 @@ from lrec import embeddings
 from lrec.blocks import Pass
 from lrec.checkpoint import tokenizer_files
 from lrec.cli import main
-from lrec.export import export
 from lrec.head import Head, verify_head
 from lrec.nn import PackedEmbedding, PackedLinear, TiedLinear
 from lrec.stream import StreamedModel
@@ -219,7 +218,9 @@ def test_every_verb_takes_it(place, tmp_path, capsys, tied):
     assert found["kl"] < 0.05
     plain = report("evaluate", "--model", directory, *text)
     assert plain["bits_per_weight"] == told["bits_per_weight"]
-    export("merged", directory, None, tmp_path / "merged")
+    assert (
+        main(["export", "--format", "merged", "--model", str(directory), "--output_dir", str(tmp_path / "merged")]) == 0
+    )
     assert any(name.startswith("lm_head.") for name in stored(tmp_path / "merged")) != tied
     merged, packed = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (tmp_path / "merged", directory)

@@ -1,7 +1,10 @@
 """The README holds: its commands and its Python run as they stand there, on a tiny model and with smaller sizes."""
 
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,18 @@ def test_every_method_and_export_has_a_row(folder, heading):
     rows = " ".join(line.split("|")[1] for line in section.splitlines() if line.startswith("| `"))
     named = {name.replace("-", "_") for name in re.findall(r"`([\w-]+)`", rows)}
     assert named == set(registry.names(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", sorted(set(re.findall(r"accelerate launch (recipes/\w+\.py)", README))))
+def test_a_recipe_runs_to_its_table(place, recipe):
+    small = {"num_samples": 4, "max_length": 64, "train_length": 32, "test_samples": 2, "max_steps": 2, "lora_r": 4}
+    text = {"model": "M", "train_dataset": "my_text.txt", "test_dataset": "held_out.txt", "prompts": "A fox"}
+    output_dir = Path("runs") / Path(recipe).stem
+    values = {**small, **text, "init_rank": 4, "per_device_train_batch_size": 1, "output_dir": output_dir}
+    words = [sys.executable, str(ROOT / recipe), *(f"--{name}={value}" for name, value in values.items())]
+    done = subprocess.run(words, cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((place / output_dir / "results.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["full precision", "quantized", "corrected"]
+    assert all(row["model"] in done.stdout for row in rows)
