@@ -39,8 +39,10 @@ def test_values_are_those_of_bitsandbytes_bit_for_bit(quantizer, double_quant, b
             w, blocksize=block_size, compress_statistics=double_quant, quant_type=quantizer.__name__.lower()
         )
         state.dtype = torch.float32
+        # As one row: where there is AVX-512, bitsandbytes 0.50.2 takes the wrong scale for a block that crosses rows.
+        state.shape = (1, w.numel())
         packed = quantizer(block_size=block_size, double_quant=double_quant)(w)
-        assert torch.equal(packed.unpack(), functional.dequantize_4bit(codes, state))
+        assert torch.equal(packed.unpack(), functional.dequantize_4bit(codes, state).view(shape))
 
 
 def test_a_weight_of_zeros_stays_zero():
