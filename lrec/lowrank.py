@@ -45,8 +45,10 @@ def factor(
             gram += core @ hessian_KK[:, part].to(core) @ core[:, part].t()
     if not gram.isfinite().all():
         raise ValueError("the residual or the Hessian holds NaN or infinity; check the weight and the calibration data")
+    if basis_KK is None:
+        del core  # made again below: eigh takes several times the room of `gram`
     u = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
-    a_RK = u.t() @ core
+    a_RK = u.t() @ (residual_NK.double() if basis_KK is None else core)
     size_R = a_RK.norm(dim=1)
     root_R = size_R.sqrt()
     a_RK = a_RK * torch.where(size_R > 0, 1 / root_R, 0)[:, None]

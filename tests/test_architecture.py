@@ -11,7 +11,7 @@ PACKAGE = ROOT / "lrec"
 FLOORS = [
     "registry options machine picture",
     "formats",
-    "kernels statistics",
+    "grid kernels statistics",
     "quantizers nn",
     "lora",
     "anatomy cache checkpoint cpu_embeddings embeddings head losses lowrank optimizers teacher text topk ggml",

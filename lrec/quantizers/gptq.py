@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from lrec.formats.uniform import Uniform
-from lrec.quantizers import UniformQuantizer, per_column, setting
+from lrec.grid import per_column
+from lrec.quantizers import UniformQuantizer, setting
 from lrec.statistics import Statistics
 
 # Weights rounded at a time. Rows do not depend on each other: on a CPU a slice stays in the cache and is small beside

@@ -2,7 +2,7 @@
 
 The largest |w| of a row, a share gamma of 5 %, span about half its range. They get a grid of their own (a sign, and
 bits - 1 bits for the magnitude), the rest another, and a gap code says where they stand, at 0.31 bits per weight.
-Where there is text, what an error costs weighs in: a channel that is rarely strong should not set the grid of a row.
+With `kmeans` and `weighted` what an error costs weighs in: a weak channel should not set the grid of a row.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from lrec.quantizers.kmeans import SLICE_WEIGHTS, Sums, cluster, nearest, sensit
 from lrec.statistics import Statistics
 
 INNER = ("rtn", "kmeans")
-SEARCHES = ("minmax", "mse")
+SEARCHES = ("minmax", "mse", "weighted")
 RATIOS = 6
 REFITS = 8
 KMEANS_STEPS = 40
@@ -51,8 +51,8 @@ class IcQuant(Quantizer):
         for value, allowed, what in ((self.inner, INNER, "inner"), (self.scale_search, SEARCHES, "scale_search")):
             if value not in allowed:
                 raise ValueError(registry.nearest(value, allowed, what))
-        if self.inner == "kmeans":
-            # Only this choice looks at data; the class itself, which may run without any, needs none.
+        if self.inner == "kmeans" or self.scale_search == "weighted":
+            # Only these choices look at data; the class itself, which may run without any, needs none.
             object.__setattr__(self, "needs", frozenset({"hessian"}))
 
     def quantize(self, w_NK: Tensor, statistics: Statistics | None) -> Outlier:
@@ -63,10 +63,9 @@ class IcQuant(Quantizer):
         # Every row has as many outliers, so that both parts are matrices.
         masks = (~outlier_NK, outlier_NK)
         inliers, outliers = (w_NK[mask].view(N, -1) for mask in masks)
-        hessian_KK = None if statistics is None else statistics.hessian_KK
         weights = [None, None]
-        if hessian_KK is not None:
-            weights = [sensitivity(hessian_KK).expand(N, K)[mask].view(N, -1) for mask in masks]
+        if self.needs:
+            weights = [sensitivity(statistics.hessian_KK).expand(N, K)[mask].view(N, -1) for mask in masks]
         if self.inner == "rtn":
             codes, levels = self._grids((inliers, outliers), weights)
         else:
@@ -119,8 +118,8 @@ class IcQuant(Quantizer):
 def fit_grid(x_RK: Tensor, num_levels: int, search: str, weight_RK: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale and base (R,) of the even grid base + scale * q, q < num_levels, nearest to each row.
 
-    `minmax` spans the row; `mse` starts from that range and narrower ones and alternates rounding with the least
-    squares fit of scale and base to the codes, weighted by `weight_RK` (ones if None), and keeps the best.
+    `minmax` spans the row; the others start from that range and narrower ones and alternate rounding with the least
+    squares fit of scale and base to the codes, weighted by `weight_RK` (ones if None), and keep the best.
     """
     low, high = x_RK.amin(1).double(), x_RK.amax(1).double()
     # A row of equal weights has no range; any positive step then serves.

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lrec.formats.uniform import Uniform
-from lrec.quantizers import UniformQuantizer, encode, per_column
+from lrec.grid import encode, per_column
+from lrec.quantizers import UniformQuantizer
 from lrec.statistics import Statistics
 
 

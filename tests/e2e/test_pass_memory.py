@@ -17,8 +17,10 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 from lrec.blocks import Calibration, Pass
+from lrec import kernels
 from lrec.meter import Meter
 from lrec.quantizers.gptq import GPTQ
+from lrec.quantizers.rtn import RTN
 from lrec.stream import StreamedModel
 
 def run(name, length):
@@ -27,6 +29,7 @@ def run(name, length):
     Pass(streamed, GPTQ(group_size=32), Calibration(ids), Path(name + "-packed")).run()
 
 run("tiny", 16)
+kernels.matmul(torch.ones(64, 2048), RTN()(torch.ones(2048, 2048)))  # the kernels' panel, of one size for all models
 meter = Meter(torch.device("cpu"))
 run("model", int(sys.argv[1]))
 print(meter.peak())

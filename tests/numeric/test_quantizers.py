@@ -10,7 +10,7 @@ from checks import assert_close
 from lrec import registry
 from lrec.formats import Packed
 from lrec.formats.uniform import Uniform
-from lrec.quantizers import encode, find_grid, per_column
+from lrec.grid import encode, find_grid, per_column
 from lrec.quantizers.gptq import GPTQ, factor, round_columns
 from lrec.quantizers.rtn import RTN
 from lrec.statistics import NEEDS, Collector, Statistics

@@ -193,11 +193,21 @@ def test_constant_and_zero_rows_decode_to_themselves():
         assert torch.allclose(IcQuant(inner=inner)(w, statistics).unpack(), w, atol=1e-5)
 
 
-def test_only_kmeans_needs_statistics():
+def test_only_weighted_choices_need_statistics():
     assert IcQuant.needs == IcQuant().needs == frozenset()
-    assert IcQuant(inner="kmeans").needs == {"hessian"}
-    with pytest.raises(ValueError, match=r"needs the hessian"):
-        IcQuant(inner="kmeans")(torch.randn(4, 64))
+    for choice in ({"inner": "kmeans"}, {"scale_search": "weighted"}):
+        assert IcQuant(**choice).needs == {"hessian"}
+        with pytest.raises(ValueError, match=r"needs the hessian"):
+            IcQuant(**choice)(torch.randn(4, 64))
+
+
+def test_weights_move_the_grids_towards_what_is_sensitive():
+    torch.manual_seed(0)
+    w, strong = torch.randn(16, 400), torch.arange(400) % 10 == 0
+    statistics = Statistics(num_tokens=1, hessian_KK=torch.diag(torch.where(strong, 100.0, 0.01)))
+    plain, weighted = (IcQuant(scale_search=s)(w, statistics).unpack() for s in ("mse", "weighted"))
+    errors = [(w - q)[:, strong].square().sum() for q in (plain, weighted)]
+    assert errors[1] < errors[0] and not torch.equal(plain, weighted)
 
 
 @pytest.mark.parametrize(
