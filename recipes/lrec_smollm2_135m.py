@@ -3,7 +3,7 @@
     accelerate launch recipes/lrec_smollm2_135m.py [--setting value ...]
 
 Quantizes on 32 windows of 512 tokens of Wikipedia, trains on 28 672 other tokens, measures on eight held-out articles.
-Measured (AMD EPYC, 2 cores, 2026-11-22) with 68 steps: KL to the teacher 2.226 quantized, 0.977 corrected.
+Measured (Intel Xeon, 2 cores, 2026-11-25, 6 min 48 s): KL to the teacher 2.171 quantized, 0.997 corrected.
 """
 
 import sys

@@ -66,7 +66,7 @@ def test_what_it_names_is_there():
 def test_every_method_and_export_has_a_row(folder, heading):
     section = README.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     rows = " ".join(line.split("|")[1] for line in section.splitlines() if line.startswith("| `"))
-    named = {name.replace("-", "_") for name in re.findall(r"`([\w-]+)`", rows)}
+    named = {name.replace("-", "_") for name in re.findall(r"`([a-z][\w-]*)`", rows)}
     assert named == set(registry.names(folder))
 
 
