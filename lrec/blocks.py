@@ -44,7 +44,7 @@ class PassSettings:
     correct_stream: bool = setting(
         False, "let later blocks see outputs corrected by the factors: better with adapters, worse without them"
     )
-    batch_size: int = setting(2, "windows run through a block at once")
+    batch_size: int = setting(1, "windows run through a block at once: more take more memory")
     bits_map: str | None = setting(
         None, "bits of layers by name, the last match holds: down_proj=3,re:.*layers\\.0\\..*=4 (none: bits for all)"
     )

@@ -46,8 +46,8 @@ def factor(
     if not gram.isfinite().all():
         raise ValueError("the residual or the Hessian holds NaN or infinity; check the weight and the calibration data")
     if basis_KK is None:
-        del core  # made again below: eigh takes several times the room of `gram`
-    u = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+        del core  # made again below: eigh takes several times the room of `gram`, where its result goes
+    u = torch.linalg.eigh(gram, out=(gram.new_empty(len(gram)), gram)).eigenvectors[:, -rank:].flip(1)
     a_RK = u.t() @ (residual_NK.double() if basis_KK is None else core)
     size_R = a_RK.norm(dim=1)
     root_R = size_R.sqrt()
