@@ -19,11 +19,15 @@ VERBS = {
     "compare": "a table of methods on one model and text, and a picture",
     "evaluate": "perplexity, KL to the teacher and top-1 agreement on held-out text",
     "export": "write what others can load: a peft adapter, a dense model, GPTQ ...",
+    "push": "put a packed model or an adapter on the Hugging Face Hub, with its card",
     "inspect": "what a packed model holds: bits, bytes, layers",
     "estimate": "memory of quantizing, caching and training, before any is spent; which cards fit",
     "bench": "bench kernels, step, generate, loss, cache: speed here beside peers, measured in the same run",
     "explain": "which kernel serves each layer here, and why faster ones stand aside",
 }
+
+# The setting that a word right after the verb gives.
+FIRST = {"bench": "what", "push": "directory"}
 
 HELP = """lrec: fine-tune large language models quantized to 2, 3 or 4 bits
 
@@ -98,6 +102,13 @@ def export_parts(values: dict) -> tuple[type, type]:
     return Export, export.find(str(values["format"])) if "format" in values else export.Export
 
 
+def push(values: dict) -> dict:
+    """`lrec push DIRECTORY`."""
+    from lrec.hub import Push
+
+    return options.fill(values, Push)[0].run()
+
+
 def inspect(values: dict) -> dict:
     """`lrec inspect`."""
     from lrec.report import Inspect
@@ -153,7 +164,7 @@ def help_text(verb: str | None, values: dict) -> str:
     if verb is None:
         verbs = "\n".join(f"  {name:<10} {what}" for name, what in VERBS.items())
         return HELP.format(verbs=verbs)
-    from lrec import compare, correction, estimate, report, restore, runs
+    from lrec import compare, correction, estimate, hub, report, restore, runs
     from lrec.blocks import PassSettings
     from lrec.capture import CaptureSettings
 
@@ -170,6 +181,7 @@ def help_text(verb: str | None, values: dict) -> str:
         "compare": lambda: (compare.Compare,),
         "evaluate": lambda: (runs.Evaluate,),
         "export": lambda: export_parts(values),
+        "push": lambda: (hub.Push,),
         "estimate": lambda: (estimate.Estimate,),
         "bench": lambda: tuple(benches().values()),
         "inspect": lambda: (report.Inspect,),
@@ -206,8 +218,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb is not None and verb not in VERBS:
             raise ValueError(registry.nearest(verb, VERBS, "verb"))
-        if verb == "bench" and words and not words[0].startswith("-"):
-            words[0] = f"--what={words[0]}"
+        if verb in FIRST and words and not words[0].startswith("-"):
+            words[0] = f"--{FIRST[verb]}={words[0]}"
         values = options.settings(words)
         if values.pop("help", False) or verb is None:
             print(help_text(verb, values))

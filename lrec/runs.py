@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lrec import checkpoint, export, imports, load, machine, text
+from lrec import checkpoint, export, imports, load, machine, record, text
 from lrec.blocks import Calibration, Pass, PassSettings
 from lrec.capture import Capture, CaptureSettings
 from lrec.options import setting
@@ -112,10 +112,15 @@ class Evaluate(Text, Place):
     num_samples: int | None = setting(24, "evaluation windows, spaced evenly over the text")
     batch_size: int = setting(4, "windows in a forward pass")
     activation_bits: int | None = setting(None, "8: activations are rounded, as by LREC_ACTIVATION_BITS=8")
+    record: bool = setting(False, "keep the result beside the weights, for the card that `lrec push` makes")
 
     def run(self) -> dict:
-        """The measured quality and size."""
+        """The measured quality and size. Raises ValueError for a result to be kept beside weights fetched by name."""
         from lrec import evaluate, kernels
+
+        place = Path(self.adapter or self.model)
+        if self.record and not place.is_dir():
+            raise ValueError(f"--record keeps the result beside the weights, but {place} is not a folder here")
 
         kernels.round_activations(self.activation_bits)
         tokenizer = load.tokenizer(self.model)
@@ -134,6 +139,9 @@ class Evaluate(Text, Place):
             "bits_per_weight": evaluate.bits_per_weight(model, added),
             "total_bytes": total_bytes(self.model, self.adapter),
         }
+        if self.record:
+            asked = {"dataset": self.dataset, "num_samples": len(ids), "max_length": self.max_length}
+            record.add(place, asked | {"teacher": self.teacher} | found | size)
         return found | size | {"seconds": round(time.monotonic() - start, 2)}
 
 

@@ -80,6 +80,12 @@ def model_path(name: str, revision: str | None = None) -> Path:
     return path
 
 
+def origin(folder: Path) -> tuple[str, str | None]:
+    """Hub id and revision of a folder in the Hub's cache, or for any other its path and None."""
+    found = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$", folder.as_posix())
+    return (f"{found[1]}/{found[2]}", found[3]) if found else (str(folder), None)
+
+
 def windows(
     texts: list[str],
     tokenizer,

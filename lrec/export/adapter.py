@@ -6,7 +6,6 @@ whenever peft loads the adapter onto a packed model.
 """
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lrec import checkpoint
+from lrec import card, checkpoint, text
 from lrec.export import Export
 from lrec.options import setting
 
@@ -38,7 +37,7 @@ class Adapter(Export):
         base = checkpoint.read_json(model_dir / "config.json").get("quantization_config", {}).get("meta", {})
         stamp = checkpoint.check_stamp(adapter_dir, base.get("packed_sha256"))
         config = checkpoint.read_json(adapter_dir / "adapter_config.json")
-        name, revision = origin(model_dir)
+        name, revision = text.origin(model_dir)
         if self.base is not None:
             name, revision = self.base, None
         config |= {"base_model_name_or_path": name, "revision": self.revision or revision}
@@ -48,7 +47,11 @@ class Adapter(Export):
         header = {checkpoint.STAMP_KEY: json.dumps({k: v for k, v in stamp.items() if k != "history"})}
         checkpoint.write_tensors(output_dir / "adapter_model.safetensors", tensors, header if stamp else None)
         checkpoint.write_json(output_dir / checkpoint.ADAPTER_STAMP, stamp)
-        (output_dir / "README.md").write_text(card(name, base, config, stamp))
+        size = checkpoint.weights_bytes(output_dir)
+        told = card.adapter(
+            output_dir.name.strip("."), card.Base(name=name, revision=config["revision"]), base, config, stamp, size, []
+        )
+        (output_dir / "README.md").write_text(told)
         return {"base": name, "revision": config["revision"], "rank": config["r"]}
 
     def logits(self, output_dir: Path, model_dir: Path, ids: Tensor) -> Tensor:
@@ -58,41 +61,3 @@ class Adapter(Export):
 
         base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         return PeftModel.from_pretrained(base, output_dir)(ids).logits
-
-
-def origin(model_dir: Path) -> tuple[str, str | None]:
-    """Hub id and revision of a folder in the Hub's cache, or for any other its path and None."""
-    found = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})/?$", model_dir.as_posix())
-    return (f"{found[1]}/{found[2]}", found[3]) if found else (str(model_dir), None)
-
-
-def card(model_dir: str, base: dict, config: dict, stamp: dict) -> str:
-    """The model card: what it corrects, how it was trained, and the lines that load it."""
-    trained = "\n".join(
-        f"- {key}: {value}" for key, value in stamp.items() if key not in ("packed_sha256", "format_version", "history")
-    )
-    return f"""---
-base_model: {model_dir}
-base_model_relation: adapter
-library_name: peft
-pipeline_tag: text-generation
-tags: [lrec, quantized, lora]
----
-
-# Low-rank error correction for {Path(model_dir).name}
-
-A LoRA (rank {config["r"]}) that corrects the quantization error of `{model_dir}`, itself
-{base.get("base_model", "a model")} at {base.get("bits_per_weight", 0):.2f} bits per weight. It is valid on that
-packed base only.
-
-```python
-import lrec  # registers the packed format with transformers and peft
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("{model_dir}")
-model = PeftModel.from_pretrained(base, "<this repository>")
-```
-
-{trained}
-"""

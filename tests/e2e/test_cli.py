@@ -153,7 +153,7 @@ def test_peft_alone_refuses_an_adapter_of_another_base(place, tmp_path):
 
 
 def test_the_base_of_an_adapter_is_what_the_hub_calls_it(tmp_path):
-    from lrec.export.adapter import origin
+    from lrec.text import origin
 
     revision = "0123456789abcdef" * 2 + "01234567"
     snapshot = tmp_path / "models--owner--some--name" / "snapshots" / revision
