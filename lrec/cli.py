@@ -13,7 +13,7 @@ from lrec import options, registry
 
 VERBS = {
     "quantize": "pack a full-precision model into 2, 3, 4 or 8 bits, one block at a time",
-    "import": "take over a GPTQ, AWQ, compressed-tensors, bitsandbytes or GGUF checkpoint, bit for bit",
+    "import": "take over a GPTQ, AWQ, compressed-tensors, HQQ, bitsandbytes or GGUF checkpoint, bit for bit",
     "cache": "run a teacher over the training text once and keep its targets on disk",
     "train": "train an adapter that corrects the quantization error, by KL to the teacher",
     "compare": "a table of methods on one model and text, and a picture",

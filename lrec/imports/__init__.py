@@ -39,7 +39,8 @@ class Import:
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(model_dir)
-        del config.quantization_config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
         return config
 
     @classmethod
@@ -107,9 +108,20 @@ def method_of(model_dir: Path) -> tuple[str, dict]:
     if any(model_dir.glob("*.gguf")):
         return "gguf", {}
     told = checkpoint.read_json(model_dir / "config.json").get("quantization_config")
+    if told is None and holds(model_dir, ".W_q"):
+        return "hqq", {}  # hqq's own files say nothing of it in their config
     if told is None or told.get("quant_method") == "lrec":
         raise ValueError(f"{model_dir} is {'packed by lrec already' if told else 'not quantized: use `lrec quantize`'}")
     return str(told.get("quant_method")), told
+
+
+def holds(model_dir: Path, ending: str) -> bool:
+    """Whether a checkpoint has a tensor whose name ends so."""
+    for path in checkpoint.weight_files(model_dir):
+        with checkpoint.open_tensors(path) as file:
+            if any(key.endswith(ending) for key in file.keys()):  # noqa: SIM118  (safe_open is not a dict)
+                return True
+    return False
 
 
 def read_layer(source: type[Import], name: str, tensors: dict, shape: tuple[int, int], config: dict) -> Packed:

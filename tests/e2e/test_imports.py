@@ -136,6 +136,86 @@ def read_zeros(tensors, bits):
     return torch.tensor([[(number >> (n * bits)) % 2**bits for number in numbers] for n in range(N)]).double()
 
 
+def hqq_words(rows, bits, fields):
+    """Blocks of rows side by side in a word, the first one highest, as hqq packs; rows are filled up with zeros."""
+    step = -(-len(rows) // fields)
+    words = torch.zeros(step, rows.shape[1], dtype=torch.int64)
+    for i, row in enumerate(rows):
+        words[i % step] += row.long() * 2 ** (bits * (fields - 1 - i // step))
+    return words.int() if fields == 10 else words.to(torch.uint8)
+
+
+def hqq_layer(N, K, bits, group_size, axis=1, dtype=torch.float16):
+    """(tensors of a random layer in hqq's layout, its weight in float32 by hqq's equation)."""
+    R = N * K // group_size
+    rows = torch.randint(0, 2**bits, (R, group_size))
+    scale, zero = torch.rand(R, 1).to(dtype) + 0.1, (torch.rand(R, 1) * 2**bits).to(dtype)
+    packing = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}[bits]
+    tensors = {
+        "W_q": hqq_words(rows, bits, 10 if bits == 3 else 8 // bits),
+        "scale": scale,
+        "zero": zero,
+        "shape": torch.tensor([N, K]),
+        "group_size": torch.tensor(group_size, dtype=torch.int32),
+        "axis": torch.tensor(axis, dtype=torch.int32),
+        "packing": torch.tensor(list(packing.encode()), dtype=torch.uint8),
+        "quant_scale": torch.tensor(0, dtype=torch.uint8),
+    }
+    return tensors, ((rows.float() - zero.float()) * scale.float()).view(N, K)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_hqq_layers_decode_by_the_layout(bits, dtype):
+    for N, K, group_size in [(24, 64, 32), (8, 96, 96), (40, 24, 24)]:
+        tensors, expected = hqq_layer(N, K, bits, group_size, dtype=dtype)
+        viewed = {**tensors, "W_q": tensors["W_q"].view(torch.float32 if bits == 3 else torch.float16)}
+        stacked = {key: tensor for key, tensor in tensors.items() if key not in ("scale", "zero")}
+        stacked["zero_scale"] = torch.stack([tensors["zero"], tensors["scale"]])
+        for form in (tensors, viewed, stacked):
+            packed = read("hqq", form, {})
+            assert torch.equal(packed.unpack(), expected) and packed.group_size == group_size
+
+
+def test_hqq_layers_that_no_format_holds_are_refused():
+    for changes, message in [
+        ({"axis": torch.tensor(0)}, "quantize it again with axis=1"),
+        ({"shape": torch.tensor([32, 48])}, "groups of 32 run over the ends of rows of 48"),
+        ({"quant_scale": torch.tensor(1)}, "quantized again"),
+        ({"packing": torch.tensor(list(b"5bit"), dtype=torch.uint8)}, "packing '5bit' is unknown"),
+        ({"scale": torch.ones(1)}, "1 scales for 1536 weights"),
+    ]:
+        tensors, _ = hqq_layer(24, 64, 4, 32)
+        with pytest.raises(ValueError, match=message):
+            read("hqq", tensors | changes, {})
+
+
+@pytest.mark.parametrize(("bits", "from_transformers"), [(2, False), (3, True), (4, False), (8, True)])
+def test_hqq_checkpoints_decode_as_hqq_does(dense, tmp_path, bits, from_transformers):
+    quantize = pytest.importorskip("hqq.core.quantize")
+    from hqq.models.hf.base import AutoHQQHFModel
+
+    theirs = load.model(str(dense), dtype="float32")
+    config = quantize.BaseQuantizeConfig(nbits=bits, group_size=32, axis=1)
+    AutoHQQHFModel.quantize_model(theirs, quant_config=config, compute_dtype=torch.float16, device="cpu")
+    AutoHQQHFModel.save_to_safetensors(theirs, str(tmp_path / "H"), verbose=False)
+    for path in dense.glob("tokenizer*"):
+        (tmp_path / "H" / path.name).write_bytes(path.read_bytes())
+    if from_transformers:
+        told = json.loads((tmp_path / "H" / "config.json").read_text())
+        told["quantization_config"] = {"quant_method": "hqq", "quant_config": config, "skip_modules": ["lm_head"]}
+        (tmp_path / "H" / "config.json").write_text(json.dumps(told))
+    assert take_over(tmp_path / "H", tmp_path / "I") == 0
+    layers = decoded(tmp_path / "I")
+    assert len(layers) == 14
+    for name, weight in layers.items():
+        layer = theirs.get_submodule(name)
+        assert_close(weight, layer.dequantize().float(), 1e-3, "hqq's own decoding, rounded to float16")
+        meta = {key: t.float() if key in ("scale", "zero") else t for key, t in layer.meta.items()}
+        expected = quantize.Quantizer.dequantize(layer.W_q, meta | {"compute_dtype": torch.float32})
+        assert torch.equal(weight, expected), name
+
+
 @pytest.mark.parametrize(("name", "quantize"), [("Q4_0", True), ("Q8_0", True), ("Q2_0", False)])
 def test_blocks_of_gguf_decode_as_the_package_does(name, quantize):
     gguf = pytest.importorskip("gguf")
@@ -170,7 +250,10 @@ def test_a_gguf_file_comes_back_with_config_and_tokenizer(dense, tmp_path, words
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quant_method": "aqlm"}, "unknown import 'aqlm'; allowed: awq, bitsandbytes, compressed_tensors, gguf, gptq"),
+        (
+            {"quant_method": "aqlm"},
+            "unknown import 'aqlm'; allowed: awq, bitsandbytes, compressed_tensors, gguf, gptq, hq",
+        ),
         ({"checkpoint_format": "marlin"}, "layers.0.self_attn.q_proj: the layout is 'marlin'"),
         (None, "is not quantized: use `lrec quantize`"),
     ],
