@@ -48,6 +48,11 @@ class Binary(Packed):
             shape=(N, K), group_size=group_size, qweight=pack_codes(planes, 1), alpha=alpha_NGP, offset=offset_NG
         )
 
+    @property
+    def bits(self) -> int:
+        """The number of planes."""
+        return self.qweight.shape[1]
+
     def unpack(self, rows: slice = slice(None)) -> Tensor:
         """float32 (n, K) by the equation above."""
         alpha, offset, K = self.alpha[rows].float(), self.offset[rows].float(), self.shape[1]

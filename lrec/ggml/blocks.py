@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lrec.formats.binary import Binary
 from lrec.formats.uniform import Uniform
 
 
@@ -98,8 +99,13 @@ def encode(packed: Uniform, name: str) -> np.ndarray:
     return rows.reshape(N, -1)
 
 
-def decode(rows: np.ndarray, name: str) -> Uniform:
-    """The weight that rows of blocks hold, uint8 (N, bytes), bit for bit; `name` is q2_0, q4_0 or q8_0."""
+def decode(rows: np.ndarray, name: str) -> Uniform | Binary:
+    """The weight that rows of blocks hold, uint8 (N, bytes), bit for bit; `name` is q2_0, q4_0, q4_1 or q8_0.
+
+    Raises ValueError for blocks of q4_1 whose step and minimum are too far apart for that.
+    """
+    if name == "q4_1":
+        return decode_q4_1(rows)
     block = BLOCKS[name]
     parts = rows.reshape(len(rows), -1, block.bytes)
     scale = np.ascontiguousarray(parts[..., :2]).view(np.float16)[..., 0]
@@ -114,6 +120,25 @@ def decode(rows: np.ndarray, name: str) -> Uniform:
         codes, bits = data ^ 128, 8
     codes_NK, scale_NG = (torch.from_numpy(np.ascontiguousarray(t)) for t in (codes.reshape(len(rows), -1), scale))
     return Uniform.pack(codes_NK, scale_NG, None, bits, block.size)
+
+
+def decode_q4_1(rows: np.ndarray) -> Binary:
+    """The weight of rows of q4_1: code * d + m is (m + 7.5 d) + sum_p +-d 2^(p-1), every sum of which float32 holds.
+
+    As a uniform grid its zero point, -m / d, would have to be rounded.
+    """
+    parts = rows.reshape(len(rows), -1, BLOCKS["q4_1"].bytes)
+    d_NG, m_NG = torch.from_numpy(np.ascontiguousarray(parts[..., :4]).view(np.float16).astype(np.float32)).unbind(-1)
+    data = torch.from_numpy(np.ascontiguousarray(parts[..., 4:]))
+    codes_NGC = torch.cat([data & 15, data >> 4], -1)
+    alpha_NGP = d_NG[..., None] * torch.tensor([0.5, 1, 2, 4])
+    held = alpha_NGP.half() if torch.equal(alpha_NGP.half().float(), alpha_NGP) else alpha_NGP
+    packed = Binary.pack(codes_NGC.flatten(1), held, m_NG + 7.5 * d_NG, BLOCKS["q4_1"].size)
+    if not torch.equal(packed.unpack(), (codes_NGC * d_NG[..., None] + m_NG[..., None]).flatten(1)):
+        raise ValueError(
+            "some blocks of q4_1 have a minimum so far from their step that float32 does not hold the sums"
+        )
+    return packed
 
 
 def halves(codes: np.ndarray) -> np.ndarray:

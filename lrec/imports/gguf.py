@@ -1,4 +1,4 @@
-"""GGUF files of llama.cpp: layers of Q2_0, Q4_0 and Q8_0 are taken over, all others of the file are decoded.
+"""GGUF files of llama.cpp: layers of Q2_0, Q4_0, Q4_1 and Q8_0 are taken over, all others of the file are decoded.
 
 Config and tokenizer come from the files beside, if there are any, else from the file itself by transformers.
 """
@@ -11,21 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from lrec import anatomy, checkpoint
-from lrec.formats.uniform import Uniform
+from lrec.formats import Packed
 from lrec.ggml import blocks
 from lrec.ggml.model import Names
 from lrec.imports import Import, exact_scale
 
-KINDS = {blocks.BLOCKS[name].id: name for name in ("q2_0", "q4_0", "q8_0")}
+KINDS = {blocks.BLOCKS[name].id: name for name in ("q2_0", "q4_0", "q4_1", "q8_0")}
 
 
 class Gguf(Import):
-    """Uniform integers of 2, 4 and 8 bits without zero points."""
+    """Uniform integers of 2, 4 and 8 bits without zero points; Q4_1, with its minimum, as four binary planes."""
 
     mark = "blocks"
 
     @classmethod
-    def read(cls, name: str, tensors: dict[str, Tensor], shape: tuple[int, int], config: dict) -> Uniform:
+    def read(cls, name: str, tensors: dict[str, Tensor], shape: tuple[int, int], config: dict) -> Packed:
         """See `Import.read`."""
         return blocks.decode(tensors["blocks"].numpy(), KINDS[int(tensors["kind"])])
 
@@ -34,9 +34,10 @@ class Gguf(Import):
         """See `Import.config`."""
         from transformers import AutoConfig
 
+        blocks.teach_q2_0()
+        whole(only_file(model_dir))
         if (model_dir / "config.json").exists():
             return AutoConfig.from_pretrained(model_dir)
-        blocks.teach_q2_0()
         return AutoConfig.from_pretrained(model_dir, gguf_file=only_file(model_dir).name)
 
     @classmethod
@@ -47,11 +48,9 @@ class Gguf(Import):
     @classmethod
     def parts(cls, model_dir: Path, model: nn.Module, found: anatomy.Blocks) -> Callable[[int | None], dict]:
         """See `Import.parts`."""
-        import gguf
-
         blocks.teach_q2_0()
         names = Names(type(model).__name__, model.config)
-        held = {tensor.name: tensor for tensor in gguf.GGUFReader(only_file(model_dir)).tensors}
+        held = {tensor.name: tensor for tensor in whole(only_file(model_dir)).tensors}
         linears = {f"{found.name(i)}.{n}" for i, block in enumerate(found.modules) for n in anatomy.linears(block)}
 
         def read(part: int | None) -> dict[str, Tensor]:
@@ -74,6 +73,16 @@ class Gguf(Import):
             from transformers import AutoTokenizer
 
             AutoTokenizer.from_pretrained(model_dir, gguf_file=only_file(model_dir).name).save_pretrained(output_dir)
+
+
+def whole(path: Path):
+    """The gguf package's reader of a file. Raises ValueError if the file is cut short or is no GGUF file."""
+    import gguf
+
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a whole GGUF file ({error}); fetch or make it again") from error
 
 
 def take(tensor, order: Tensor | None, is_linear: bool) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from checks import assert_close
 from safetensors.torch import load_file, save_file
 from test_exports import decoded, export, packed_model, read_compressed, read_gptq, uniform
-from test_gguf import read_rows
+from test_gguf import HF, parse, read_rows, unrotated
 
 from lrec import load, registry
 from lrec.cli import main
@@ -216,12 +216,12 @@ def test_hqq_checkpoints_decode_as_hqq_does(dense, tmp_path, bits, from_transfor
         assert torch.equal(weight, expected), name
 
 
-@pytest.mark.parametrize(("name", "quantize"), [("Q4_0", True), ("Q8_0", True), ("Q2_0", False)])
+@pytest.mark.parametrize(("name", "quantize"), [("Q4_0", True), ("Q4_1", True), ("Q8_0", True), ("Q2_0", False)])
 def test_blocks_of_gguf_decode_as_the_package_does(name, quantize):
     gguf = pytest.importorskip("gguf")
     if quantize:
         kind = gguf.GGMLQuantizationType[name]
-        rows = gguf.quants.quantize(torch.randn(5, 128).numpy(), kind)
+        rows = gguf.quants.quantize(torch.randn(50, 128).numpy(), kind)
         expected = torch.from_numpy(gguf.quants.dequantize(rows, kind))
     else:
         rows = np.random.default_rng(0).integers(0, 256, (5, 36), dtype=np.uint8)
@@ -229,6 +229,15 @@ def test_blocks_of_gguf_decode_as_the_package_does(name, quantize):
         rows.reshape(5, 2, 18)[..., :2] = steps.view(np.uint8)
         expected = read_rows("q2_0", rows.tobytes(), 128).float()
     assert torch.equal(blocks.decode(rows, name.lower()).unpack(), expected)
+
+
+def test_a_block_of_q4_1_that_no_format_holds_is_refused():
+    """A minimum so far from the step that their sums need more than 24 bits."""
+    rows = np.zeros((1, 20), np.uint8)
+    rows[:, :4] = np.array([[3e4, 6e-8]], np.float16).view(np.uint8)
+    rows[:, 4:] = 0x10
+    with pytest.raises(ValueError, match="float32"):
+        blocks.decode(rows, "q4_1")
 
 
 @pytest.mark.parametrize("words", [["--bits", "2", "--group_size", "64"], ["--bits", "4", "--group_size", "32"]])
@@ -247,12 +256,40 @@ def test_a_gguf_file_comes_back_with_config_and_tokenizer(dense, tmp_path, words
         assert_close(load.model(str(tmp_path / "I"))(ids).logits, expected, 1e-3, "embeddings went by float16")
 
 
+def test_a_q4_1_file_is_taken_over_bit_for_bit(dense, tmp_path):
+    pytest.importorskip("gguf")
+    model = packed_model(dense, "--bits", "4", "--group_size", "32")
+    assert export(model, tmp_path / "O", "gguf") == 0
+    _, tensors = parse(tmp_path / "O" / "model.gguf")
+    assert take_over(tmp_path / "O", tmp_path / "I") == 0
+    layers = decoded(tmp_path / "I")
+    assert len(layers) == 14
+    for name, weight in layers.items():
+        _, _, index, module = name.split(".", 3)
+        kind, shape, data = tensors[f"blk.{index}.{HF[module]}.weight"]
+        rows, heads = read_rows("q4_1", data, shape[1]), {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(module)
+        assert kind == 3 and torch.equal(weight, (unrotated(rows, heads) if heads else rows).float()), name
+
+
+@pytest.mark.parametrize("keep", [0.001, 0.02, 0.2, 0.9999])
+def test_a_truncated_gguf_file_is_refused(dense, tmp_path, capsys, keep):
+    pytest.importorskip("gguf")
+    model = packed_model(dense, "--symmetric", "--bits", "2", "--group_size", "64")
+    assert export(model, tmp_path / "O", "gguf") == 0
+    whole = (tmp_path / "O" / "model.gguf").read_bytes()
+    (tmp_path / "O" / "model.gguf").write_bytes(whole[: int(len(whole) * keep)])
+    capsys.readouterr()
+    assert take_over(tmp_path / "O", tmp_path / "I") == 2
+    told = capsys.readouterr().err
+    assert "model.gguf is not a whole GGUF file" in told and not (tmp_path / "I" / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
             {"quant_method": "aqlm"},
-            "unknown import 'aqlm'; allowed: awq, bitsandbytes, compressed_tensors, gguf, gptq, hq",
+            "unknown import 'aqlm'; allowed: awq, bitsandbytes, compressed_tensors, gguf, gptq",
         ),
         ({"checkpoint_format": "marlin"}, "layers.0.self_attn.q_proj: the layout is 'marlin'"),
         (None, "is not quantized: use `lrec quantize`"),
