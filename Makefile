@@ -1,5 +1,6 @@
 # make demo    quantize, correct and measure a real 135M model, from a fresh clone
 # make test    all tests that need no GPU
+# make readers exports and imports checked by the tools they are for: llama.cpp (built once, ten minutes), hqq ...
 # make lint    ruff
 # make gpu     GPU tests, then speed into data/results; says so and stops where there is no NVIDIA GPU
 # make clean   removes .venv and what was built (fetched data stay in data/cache)
@@ -15,7 +16,7 @@ NATIVE := $(wildcard lrec/kernels/native/*.cpp lrec/kernels/native/*.h)
 LAUNCH = $(PYTHON) -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $(CORES)
 
-.PHONY: demo test lint gpu clean
+.PHONY: demo test readers lint gpu clean
 .SILENT:
 
 demo: $(READY)
@@ -24,7 +25,17 @@ demo: $(READY)
 	$(LAUNCH) recipes/lrec_smollm2_135m.py
 
 test: $(READY)
-	$(PYTHON) -m pytest -q -m "not gpu"
+	$(PYTHON) -m pytest -q -m "not gpu and not readers"
+
+readers: $(READY) .readers/installed
+	PYTHONPATH=$(CURDIR)/.readers $(PYTHON) -m pytest -q tests/readers tests/e2e/test_imports.py tests/e2e/test_exports.py
+
+# What is not in the environment, in a folder of its own: nothing here is needed to use lrec.
+.readers/installed:
+	echo "building llama.cpp and fetching other readers into .readers (once, ten minutes)"
+	$(PYTHON) -m pip install -qq --no-deps --target .readers llama-cpp-python==0.3.36 diskcache==5.6.3 \
+		compressed-tensors==0.20.0 loguru==0.7.3 hqq==0.2.8.post1 einops==0.8.2 termcolor==3.3.0
+	touch $@
 
 lint: $(READY)
 	$(PYTHON) -m ruff check --quiet .
@@ -43,7 +54,7 @@ gpu: $(READY)
 	fi
 
 clean:
-	rm -rf .venv build *.egg-info lrec/kernels/native/*.so lrec/kernels/native/build.log
+	rm -rf .venv .readers build *.egg-info lrec/kernels/native/*.so lrec/kernels/native/build.log
 	find lrec tests data recipes -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/locked: requirements.lock

@@ -38,6 +38,15 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def without_folders(value):
+    """JSON with absolute paths cut to their last part: where things lie on this machine is nobody's business."""
+    if isinstance(value, dict):
+        return {key: without_folders(held) for key, held in value.items()}
+    if isinstance(value, list):
+        return [without_folders(held) for held in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file atomically, `metadata` in its header; tensors are made contiguous on the CPU."""
     contiguous = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}

@@ -19,6 +19,15 @@ from lrec.options import setting
 MAX_FILE_BYTES = 50 * 10**9
 MODEL_FILES = ("config.json", "model.safetensors.index.json", checkpoint.MANIFEST, assembly.REPORT, assembly.LOWRANK)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", checkpoint.ADAPTER_STAMP)
+# What tells of the run, and so of this machine.
+TELLING = (
+    "config.json",
+    "adapter_config.json",
+    checkpoint.MANIFEST,
+    checkpoint.ADAPTER_STAMP,
+    assembly.REPORT,
+    record.FILE,
+)
 CARRIED = ("license", "license_name", "license_link", "language")
 
 
@@ -111,8 +120,7 @@ class Push:
             raise ValueError(f"{self.repo_id} holds {len(old)} files already; --replace puts these in their place")
         names = {path.name for path in files}
         operations = [
-            CommitOperationAdd(path.name, parts.content(path, base) if path.suffix == ".json" else path)
-            for path in files
+            CommitOperationAdd(path.name, parts.content(path, base) if path.name in TELLING else path) for path in files
         ]
         operations.append(CommitOperationAdd("README.md", self.readme_of(parts, base, measured).encode()))
         operations += [CommitOperationDelete(n) for n in sorted(old - names) if n.endswith(".safetensors")]
@@ -146,8 +154,8 @@ class Model:
         return Path(self.quantization.get("meta", {}).get("base_model", ""))
 
     def content(self, path: Path, base: card.Base) -> bytes:
-        """A JSON file as others should see it: the base by its id, and no folders of this machine."""
-        value = without_folders(checkpoint.read_json(path))
+        """A file of `TELLING` as others should see it: the base by its id, and no folders of this machine."""
+        value = checkpoint.without_folders(checkpoint.read_json(path))
         made = {"base_model": base.name, "base_revision": base.revision}
         if path.name == "config.json":
             value["quantization_config"]["meta"] |= made
@@ -158,7 +166,9 @@ class Model:
     def readme(self, repo_id: str, base: card.Base, measured: list[dict]) -> str:
         """See `lrec.card`."""
         size = checkpoint.weights_bytes(self.directory)
-        return card.packed(repo_id, base, without_folders(self.quantization), size, without_folders(measured))
+        return card.packed(
+            repo_id, base, checkpoint.without_folders(self.quantization), size, checkpoint.without_folders(measured)
+        )
 
     def check_base(self, api, base: card.Base) -> None:
         """A packed model stands on its own."""
@@ -194,7 +204,7 @@ class Adapter:
 
     def content(self, path: Path, base: card.Base) -> bytes:
         """See `Model.content`."""
-        value = without_folders(checkpoint.read_json(path))
+        value = checkpoint.without_folders(checkpoint.read_json(path))
         if path.name == "adapter_config.json":
             value |= {"base_model_name_or_path": base.name, "revision": base.revision}
         elif path.name == checkpoint.ADAPTER_STAMP:
@@ -203,7 +213,7 @@ class Adapter:
 
     def readme(self, repo_id: str, base: card.Base, measured: list[dict]) -> str:
         """See `lrec.card`."""
-        meta, stamp, measured = (without_folders(value) for value in (self.meta, self.stamp, measured))
+        meta, stamp, measured = (checkpoint.without_folders(value) for value in (self.meta, self.stamp, measured))
         return card.adapter(repo_id, base, meta, self.config, stamp, checkpoint.weights_bytes(self.directory), measured)
 
     def check_base(self, api, base: card.Base) -> None:
@@ -227,7 +237,9 @@ def looked_up(api, base: card.Base) -> card.Base:
             f"the Hub shows you no {base.name}, which this was made from: give its id by --base_model OWNER/NAME"
         ) from error
     told = info.card_data.to_dict() if info.card_data else {}
-    carried = {key: told[key] for key in CARRIED if told.get(key)}
+    # A licence that was given stands alone.
+    kept = ("language",) if base.carried else CARRIED
+    carried = {key: told[key] for key in kept if told.get(key)}
     return card.Base(name=base.name, revision=base.revision or info.sha, carried=carried | base.carried)
 
 
@@ -252,15 +264,6 @@ def one_line(directory: Path) -> Iterator[None]:
         raise ValueError(
             f"not pushed: {reason.rstrip('.')}. {directory} is as it was; the same command goes on where this stopped"
         ) from error
-
-
-def without_folders(value):
-    """JSON with absolute paths cut to their last part: where things lie on this machine is nobody's business."""
-    if isinstance(value, dict):
-        return {key: without_folders(held) for key, held in value.items()}
-    if isinstance(value, list):
-        return [without_folders(held) for held in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def dump(value: dict) -> bytes:

@@ -35,7 +35,7 @@ class Adapter(Export):
                 "to export the base alone use --format merged"
             )
         base = checkpoint.read_json(model_dir / "config.json").get("quantization_config", {}).get("meta", {})
-        stamp = checkpoint.check_stamp(adapter_dir, base.get("packed_sha256"))
+        stamp = checkpoint.without_folders(checkpoint.check_stamp(adapter_dir, base.get("packed_sha256")))
         config = checkpoint.read_json(adapter_dir / "adapter_config.json")
         name, revision = text.origin(model_dir)
         if self.base is not None:

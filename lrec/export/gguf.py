@@ -132,8 +132,27 @@ def write_tensors(writer, tensors: Callable[[], Iterable[tuple[str, np.ndarray, 
 
 def llama_cpp_logits(ids: Tensor, model: Path, lora: Path | None = None) -> Tensor:
     """Logits (1, L, V) of llama.cpp for `ids` (1, L), by a model's file and, on top, a LoRA's."""
-    from llama_cpp import Llama
-
-    reader = Llama(str(model), lora_path=lora and str(lora), n_ctx=ids.shape[1], logits_all=True, verbose=False)
+    reader = llama_cpp_reader(model, lora, ids.shape[1])
     reader.eval(ids[0].tolist())
     return torch.from_numpy(reader.scores[: ids.shape[1]].copy())[None]
+
+
+def llama_cpp_reader(model: Path, lora: Path | None, num_tokens: int):
+    """A `llama_cpp.Llama` that keeps all logits and multiplies by weights as they are in the file.
+
+    Left to itself it repacks them for AMX, whose instructions some virtual machines announce and then forbid.
+    """
+    from llama_cpp import Llama, llama_cpp
+
+    defaults = llama_cpp.llama_model_default_params
+
+    def as_in_the_file():
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    llama_cpp.llama_model_default_params = as_in_the_file
+    try:
+        return Llama(str(model), lora_path=lora and str(lora), n_ctx=num_tokens, logits_all=True, verbose=False)
+    finally:
+        llama_cpp.llama_model_default_params = defaults

@@ -81,7 +81,7 @@ def test_what_is_pushed_comes_back_the_same_in_a_process_that_knows_the_hub_alon
     assert hub.repos["me/tiny-4bit"]["private"] and not hub.repos["me/tiny-lora"]["private"]
     trees = {part: hub.tree(f"me/tiny-{name}")[1] for part, name in (("Q", "4bit"), ("A", "lora"))}
     for part, tree in trees.items():
-        for path in (made / part).glob("*.safetensors"):
+        for path in [*(made / part).glob("*.safetensors"), *(made / part).glob("tokenizer*")]:
             assert tree[path.name] == path.read_bytes()
         assert not any(str(made).encode() in data for name, data in tree.items() if not name.endswith("safetensors"))
     assert "training_args.bin" not in trees["A"] and "tokenizer.json" in trees["Q"]
@@ -243,7 +243,10 @@ def test_a_new_version_replaces_the_shards_of_the_old_in_one_commit(made, hub, c
     tree = hub.tree("me/tiny-4bit")[1]
     assert "model-00009-of-00009.safetensors" not in tree and tree["notes.txt"] == b"kept"
     assert len(hub.repos["me/tiny-4bit"]["commits"]) == 2
+    assert push(made / "Q", "me/other", *BASE, "--license", "mit") == 0
+    head, _ = card_of(hub.tree("me/other")[1])
+    assert head["license"] == "mit" and head["language"] == ["en"]
     capsys.readouterr()
-    assert push(made / "Q", "me/other", *BASE, "--dry_run") == 0
+    assert push(made / "Q", "me/third", *BASE, "--dry_run") == 0
     told = capsys.readouterr().out
-    assert "base_model: owner/tiny" in told and "me/other" not in hub.repos
+    assert "base_model: owner/tiny" in told and "me/third" not in hub.repos
