@@ -81,9 +81,7 @@ class Import:
 
     def run(self) -> dict:
         """Writes the packed model; the report."""
-        folder = Path(self.model)
-        source = folder if any(folder.glob("*.gguf")) else text.model_path(self.model)
-        return imports.take_over(source, Path(self.output_dir))
+        return imports.take_over(imports.folder_of(self.model), Path(self.output_dir))
 
 
 @dataclass(frozen=True, kw_only=True)

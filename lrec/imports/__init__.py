@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lrec import anatomy, checkpoint, registry
+from lrec import anatomy, checkpoint, registry, text
 from lrec.assembly import Assembly
 from lrec.blocks import packed_row
 from lrec.formats import Packed
@@ -101,6 +101,17 @@ def take_over(model_dir: Path, output_dir: Path) -> dict:
     report = assembly.finish(config, about, model_dir, share)
     source.finish(model_dir, output_dir)
     return {"source": method} | report
+
+
+def folder_of(model: str) -> Path:
+    """The folder of a checkpoint, fetched if it is a Hub id. Raises ValueError for pickled ones, which are not read."""
+    folder = Path(model)
+    if (folder / "qmodel.pt").exists():
+        raise ValueError(
+            f"{folder / 'qmodel.pt'} is a pickle, which lrec never reads: load it by hqq's from_quantized and write it "
+            "anew by AutoHQQHFModel.save_to_safetensors"
+        )
+    return folder if any(folder.glob("*.gguf")) else text.model_path(model)
 
 
 def method_of(model_dir: Path) -> tuple[str, dict]:

@@ -190,6 +190,13 @@ def test_hqq_layers_that_no_format_holds_are_refused():
             read("hqq", tensors | changes, {})
 
 
+def test_pickles_of_hqq_are_not_read(tmp_path, capsys):
+    (tmp_path / "qmodel.pt").write_bytes(b"pickled")
+    (tmp_path / "config.json").write_text("{}")
+    assert take_over(tmp_path, tmp_path / "I") == 2
+    assert "is a pickle, which lrec never reads" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("bits", "from_transformers"), [(2, False), (3, True), (4, False), (8, True)])
 def test_hqq_checkpoints_decode_as_hqq_does(dense, tmp_path, bits, from_transformers):
     quantize = pytest.importorskip("hqq.core.quantize")
