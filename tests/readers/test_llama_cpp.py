@@ -2,9 +2,10 @@
 
 llama.cpp rounds the activations that meet packed weights to 8 bits, so that its logits are not quite those of the file.
 What the *file* holds is told by its twin, the same file with every block decoded to float32 by ggml's definition,
-which llama.cpp multiplies in float32: twin and ours agree. Of the packed file itself the difference must be no larger
-than what the same rounding does to our own model: mostly below 0.02 in a log-probability, but as much as 0.4 for a
-2-bit model at the second token of "Once upon a time", where it is that sensitive.
+which llama.cpp multiplies in float32: twin and ours agree within 0.02 in every log-probability looked at, and continue
+alike. The packed file may differ by no more than what the same rounding does to our own model, which is much where a
+token's activations are large (SmolLM2's first ones: 0.5 and more), and continue otherwise only where ours is as near to
+a tie.
 """
 
 import shutil
@@ -156,13 +157,18 @@ def check(model_dir, file, adapter=None, lora=None):
         assert packed.tokenize(prompt.encode(), add_bos=False, special=True) == ids
         expected = ours(model, ids)
         error, twin_error = (apart(theirs(reader, ids), expected, ids) for reader in (packed, twin))
-        allowed = max(apart(ours_rounded(model, ids, seed), expected, ids) for seed in range(6))
+        allowed = max(apart(ours_rounded(model, ids, seed), expected, ids) for seed in range(4))
         print(f"{prompt[:20]!r}: packed {error:.4f} (rounding explains {allowed:.4f}), twin {twin_error:.5f}")
         assert twin_error <= 2e-2 and error <= max(2e-2, 1.5 * allowed), prompt
         asked = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
         with torch.no_grad():
             likeliest = model.generate(input_ids=torch.tensor([ids]), **asked)[0].tolist()
-        assert greedy(packed, ids) == likeliest and greedy(twin, ids) == likeliest, prompt
+        assert greedy(twin, ids) == likeliest, prompt
+        continued = greedy(packed, ids)
+        if continued != likeliest:
+            at = next(i for i, (a, b) in enumerate(zip(continued, likeliest, strict=True)) if a != b)
+            tie = ours(model, likeliest[:at])[-1]
+            assert float(tie[likeliest[at]] - tie[continued[at]]) <= 2 * allowed, f"{prompt}: token {at - len(ids)}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
