@@ -3,9 +3,8 @@
 llama.cpp rounds the activations that meet packed weights to 8 bits, so that its logits are not quite those of the file.
 What the *file* holds is told by its twin, the same file with every block decoded to float32 by ggml's definition,
 which llama.cpp multiplies in float32: twin and ours agree within 0.02 in every log-probability looked at, and continue
-alike. The packed file may differ by no more than what the same rounding does to our own model, which is much where a
-token's activations are large (SmolLM2's first ones: 0.5 and more), and continue otherwise only where ours is as near to
-a tie.
+alike but where two tokens are that near. The packed file may differ by no more than what the same rounding does to our
+own model, which is much where a token's activations are large (SmolLM2's first ones: 0.5 and more).
 """
 
 import shutil
@@ -143,6 +142,15 @@ def apart(a, b, ids):
     return float((a[:-1].gather(1, places) - b[:-1].gather(1, places)).abs().max())
 
 
+def tie_where_they_part(model, continued, likeliest):
+    """How much less likely the first other token is by our model than its own; 0 if all are the same."""
+    at = next((i for i, (a, b) in enumerate(zip(continued, likeliest, strict=True)) if a != b), None)
+    if at is None:
+        return 0.0
+    last = ours(model, likeliest[:at])[-1]
+    return float(last[likeliest[at]] - last[continued[at]])
+
+
 def check(model_dir, file, adapter=None, lora=None):
     """Compares our model with what llama.cpp makes of a file, and of its twin."""
     from lrec.export.gguf import llama_cpp_reader
@@ -163,12 +171,8 @@ def check(model_dir, file, adapter=None, lora=None):
         asked = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
         with torch.no_grad():
             likeliest = model.generate(input_ids=torch.tensor([ids]), **asked)[0].tolist()
-        assert greedy(twin, ids) == likeliest, prompt
-        continued = greedy(packed, ids)
-        if continued != likeliest:
-            at = next(i for i, (a, b) in enumerate(zip(continued, likeliest, strict=True)) if a != b)
-            tie = ours(model, likeliest[:at])[-1]
-            assert float(tie[likeliest[at]] - tie[continued[at]]) <= 2 * allowed, f"{prompt}: token {at - len(ids)}"
+        for reader, bound in ((packed, allowed), (twin, 2e-2)):
+            assert tie_where_they_part(model, greedy(reader, ids), likeliest) <= 2 * bound, prompt
 
 
 @pytest.mark.parametrize("kind", KINDS)
