@@ -1,7 +1,7 @@
 """Few rows of x by packed weights in one Triton kernel: decoding a model, where reading the weights is all the time.
 
 Weights of 2, 3, 4 and 8 bits and sums of signs are multiplied as they lie on disk; see `gpu.fields` and `gpu.fused`.
-More rows than the crossover that was measured on the device, and gradients, go to slabs.
+So are their gradients, by `gpu.gradient`. More rows than the crossover that was measured on the device go to slabs.
 """
 
 import os
@@ -16,22 +16,20 @@ from lrec.kernels.gpu.tiling import Weight
 
 
 class FusedTriton(Kernel):
-    """x W^T with float32 accumulators; codes and x enter tensor cores exactly, scales and zeros by group."""
+    """x W^T or x W with float32 accumulators; codes enter tensor cores exactly, scales and zeros by group."""
 
     priority = 210
 
     @classmethod
     def refuses(cls, call: Call, spec: dict) -> str | None:
-        """No Triton or no GPU, other formats, groups that do not fit tiles, float32, gradients, many rows."""
-        if reason := gpu.missing(call) or tiling.refuses(spec):
+        """No Triton or no GPU, other formats, groups that do not fit tiles, float32, many rows."""
+        if reason := gpu.missing(call) or tiling.refuses(spec, call.transpose):
             return reason
         if call.dtype not in (torch.float16, torch.bfloat16):
             return f"it multiplies in half precision, which {call.dtype} does not allow"
         if not gpu.nvidia():
             return "it reads codes as subnormal halves, which only NVIDIA's tensor cores are known to take as they are"
-        if call.transpose:
-            return "gradients go by slabs"
-        rows, where = tuning.crossover(Weight.of_spec(spec))
+        rows, where = tuning.crossover(Weight.of_spec(spec), call.transpose)
         if call.num_rows > rows and os.environ.get("LREC_KERNEL") != "fused_triton":
             return f"beyond {rows} rows slabs serve ({where})"
         return None
@@ -40,9 +38,10 @@ class FusedTriton(Kernel):
     def matmul(cls, x_TK: Tensor, packed: Packed, transpose: bool) -> Tensor:
         """See `Kernel.matmul`."""
         from lrec.kernels.gpu.fused import product
+        from lrec.kernels.gpu.gradient import gradient
 
-        assert not transpose, "refused"
         if x_TK.shape[0] == 0:
-            return x_TK.new_empty(0, packed.shape[0])
+            return x_TK.new_empty(0, packed.shape[1 if transpose else 0])
+        config = tuning.config(Weight.of(packed), x_TK.shape[0], transpose)
         with gpu.on(x_TK.device):
-            return product(x_TK, packed, tuning.config(Weight.of(packed), x_TK.shape[0]))
+            return (gradient if transpose else product)(x_TK, packed, config)

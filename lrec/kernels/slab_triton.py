@@ -14,7 +14,7 @@ from lrec.kernels import Call, Kernel, gpu
 SLAB_BYTES = 2**25
 BUSY = 2**22  # entries of the result: two tiles of 128 x 128 for each of 132 multiprocessors
 STEP = 128  # where slabs of columns may begin, as `decoder` asks
-FORMATS = ("uniform", "codebook", "binary", "ternary", "salient")
+FORMATS = ("uniform", "codebook", "binary", "ternary", "salient", "outlier")
 
 
 class SlabTriton(Kernel):

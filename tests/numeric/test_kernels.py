@@ -21,7 +21,7 @@ from lrec.kernels import Call
 from tests.checks import TOLERANCE, assert_close
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ROWS = (0, 1, 2, 3, 4, 5, 8, 9, 33) if not INTERPRETED else (0, 1, 33)
+ROWS = (0, 1, 2, 3, 4, 5, 8, 9, 33) if not INTERPRETED else (0, 1, 9)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

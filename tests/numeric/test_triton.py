@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,8 @@ ROOT = Path(__file__).parents[2]
 # Of the suite's cases; an interpreted product takes a tenth of a second.
 CASES = (
     "2bit-g128-41x401 or 2bit-g64-19x203 or 2bit-g100 or 3bit-g64-19x203 or 3bit-g0-3x17 or 4bit-g64-19x203 or "
-    "8bit-g0-3x17 or 2bit-weight-blocks or 3bit-rows or 1plane or odd or ternary-rows or 3bit-scales8 or "
-    "(identity and slab and (groups or 2planes or twice or scales8 or none or all or tiny or longer))"
+    "8bit-g0-3x17 or 2bit-weight-blocks or 3bit-rows or 1plane or odd or ternary-rows or 3bit-scales8 or outlier-2bit "
+    "or (identity and slab and (groups or 2planes or twice or scales8 or none or all or tiny or longer or spanned))"
 )
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_interpreter, in a process of its own")
 
@@ -48,15 +49,23 @@ def test_under_the_interpreter():
         "fused_triton-uniform-3bit-g64-19x203-zero-codes",
         "fused_triton-binary-1plane",
         "slab_triton-salient-odd",
+        "slab_triton-outlier-2bit",
     ):
         assert f"test_product_equals_float64[{case}] PASSED" in result.stdout, f"{case} was not among the tests"
 
 
 @interpreted
 @pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("case", ["2bit-g64-37x1271-zero-codes", "3bit-g48-64x576-zero-codes"])
-def test_many_slabs_equal_one(monkeypatch, case, transpose):
-    packed = example("uniform", case)
+@pytest.mark.parametrize(
+    ("format_name", "case"),
+    [
+        ("uniform", "2bit-g64-37x1271-zero-codes"),
+        ("uniform", "3bit-g48-64x576-zero-codes"),
+        ("outlier", "3bit-dense-small-tiles"),
+    ],
+)
+def test_many_slabs_equal_one(monkeypatch, format_name, case, transpose):
+    packed = example(format_name, case)
     x = torch.randn(3, packed.shape[0 if transpose else 1])
     whole = SlabTriton.matmul(x, packed, transpose)
     monkeypatch.setattr(slab_triton, "SLAB_BYTES", 1)
@@ -79,6 +88,54 @@ def test_every_tiling_gives_the_product(config, num_rows):
             y = product(x, packed, config)
             assert_close(y, x.double() @ packed.unpack().double().t(), TOLERANCE[torch.float16], str(config))
             assert torch.equal(y, product(x, packed, config)), "two runs differ"
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("config", "num_rows"), [(Config(16, 16, 2, 3, 3), 3), (Config(32, 32, 4, 2, 1), 20), (Config(64, 64, 4, 2, 4), 9)]
+)
+def test_every_tiling_gives_the_gradient(config, num_rows):
+    from lrec.kernels.gpu.gradient import gradient
+
+    half = torch.float16
+    for packed in (uniform(70, 427, 2, 64, half), uniform(70, 300, 4, 0, None), binary(40, 700, 2, 128, half)):
+        if config.KP in Weight.of(packed).fitting():
+            dy = torch.randn(num_rows, packed.shape[0]).half()
+            dx = gradient(dy, packed, config)
+            assert_close(dx, dy.double() @ packed.unpack().double(), TOLERANCE[half], str(config))
+            assert torch.equal(dx, gradient(dy, packed, config)), "two runs differ"
+
+
+@interpreted
+def test_gradients_of_any_size_keep_their_precision():
+    from lrec.kernels.gpu.gradient import gradient
+
+    packed = uniform(200, 128, 2, 64, torch.float16)
+    config = replace(tiling.default_gradient(Weight.of(packed), 3), splits=2)
+    for size, scale in ((1e-30, 1.0), (1e-4, 1e-3), (1.0, 2e3), (1e30, 0.1)):
+        scaled = replace(packed, scale=packed.scale * scale)
+        scaled.scale[5, 1] = 0
+        dy = (torch.randn(3, 200) * size).bfloat16()
+        dy[:, 7] *= 1000  # as gradients have them
+        dx, w_NK = gradient(dy, scaled, config), scaled.unpack().double()
+        assert_close(dx / size, dy.double() @ w_NK / size, TOLERANCE[torch.bfloat16], f"dy of {size}")
+    dy = torch.randn(3, 200).half()
+    dy[1, 5] = torch.inf
+    dy[2, 6] = torch.nan
+    dx = gradient(dy, packed, config)
+    assert not dx[1:].isfinite().any(), "what is not finite must stay so"
+    assert_close(dx[:1], dy[:1].double() @ packed.unpack().double(), TOLERANCE[torch.float16])
+
+
+@interpreted
+def test_scales_that_change_in_place_are_looked_at_again():
+    from lrec.kernels.gpu.gradient import scale_up
+
+    scale = torch.tensor([[0.5, 3.0]], dtype=torch.float16)
+    assert scale_up(scale).item() == 2.0**12  # 3 * 2^12 is the power below 2^14
+    scale.mul_(4)
+    assert scale_up(scale).item() == 2.0**10
+    assert scale_up(torch.zeros(2)).isfinite().all()
 
 
 @interpreted
@@ -125,7 +182,8 @@ def test_rows_decide_between_fused_and_slabs(monkeypatch, tmp_path):
     assert (
         name == "slab_triton" and "beyond 64 rows" in aside["fused_triton"] and "not measured" in aside["fused_triton"]
     )
-    assert kernels.explain(Call("cpu", torch.bfloat16, 1, transpose=True), spec)[0] == "slab_triton"
+    assert kernels.explain(Call("cpu", torch.bfloat16, 16, transpose=True), spec)[0] == "fused_triton"
+    assert kernels.explain(Call("cpu", torch.bfloat16, 17, transpose=True), spec)[0] == "slab_triton"
     best = Config(32, 16, 2, 2, 2)
     tuning.record({tuning.shape_class(weight, 3): best}, {tuning.kind(weight): 16})
     assert tuning.config(weight, 4) == best and tuning.config(weight, 5) == tiling.default(weight, 5)
@@ -133,10 +191,34 @@ def test_rows_decide_between_fused_and_slabs(monkeypatch, tmp_path):
     assert (
         name == "slab_triton" and "beyond 16 rows" in aside["fused_triton"] and "measured on" in aside["fused_triton"]
     )
-    tuning.path().write_text("{")
+    assert tuning.config(weight, 4, transpose=True) == tiling.default_gradient(weight, 4), "another direction's Config"
     tuning.forget()
-    with pytest.raises(ValueError, match="is not JSON"):
-        tuning.config(weight, 1)
+
+
+FOREIGN = {
+    "cut off": b"{",
+    "no text": b"\xff\xfe\x00",
+    "a list": b"[1, 2]",
+    "no date": b'{"a GPU": {"configs": {}}}',
+    "old configs": b'{"a GPU": {"date": "2026-01-01", "configs": {"x": [1, 2]}}}',
+    "a wild config": b'{"a GPU": {"date": "2026-01-01", "configs": {"x": [64, 24, 2, 3, 1]}}}',
+    "words for rows": b'{"a GPU": {"date": "2026-01-01", "crossover_rows": {"x": "many"}}}',
+}
+
+
+@pytest.mark.parametrize("found", FOREIGN)
+def test_measurements_that_are_none_are_said_and_made_anew(monkeypatch, tmp_path, found):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    weight = Weight.of(uniform(64, 256, 2, 128, None))
+    tuning.path().parent.mkdir()
+    tuning.path().write_bytes(FOREIGN[found])
+    tuning.forget()
+    with pytest.warns(UserWarning, match="does not hold measurements"):
+        assert tuning.config(weight, 1) == tiling.default(weight, 1)
+    assert "not measured" in tuning.crossover(weight)[1]
+    with pytest.warns(UserWarning, match="replaces it"):
+        tuning.record({}, {tuning.kind(weight): 7})
+    assert tuning.crossover(weight)[0] == 7 and "measured on" in tuning.crossover(weight)[1]
     tuning.forget()
 
 
@@ -161,8 +243,9 @@ def test_without_a_gpu_both_refuse_in_words(monkeypatch):
     for kernel in (FusedTriton, SlabTriton):
         assert "on a GPU, not on the CPU" in kernel.refuses(Call("cpu", torch.bfloat16, 1), packed.spec())
         assert "float64" in kernel.refuses(Call("cuda", torch.float64, 1), packed.spec())
-        assert "outlier" in kernel.refuses(Call("cuda", torch.bfloat16, 1), {"format": "outlier"})
-    assert "gradients" in FusedTriton.refuses(Call("cuda", torch.bfloat16, 1, True), packed.spec())
+        assert "indexed" in kernel.refuses(Call("cuda", torch.bfloat16, 1), {"format": "indexed"})
+    fine = binary(64, 256, 2, 64).spec()  # scales in float32
+    assert "half precision" in FusedTriton.refuses(Call("cuda", torch.bfloat16, 1, True), fine)
     odd = uniform(64, 576, 2, 48, None).spec()
     assert "groups of 48" in FusedTriton.refuses(Call("cuda", torch.bfloat16, 1), odd)
     monkeypatch.setattr(gpu, "_installed", lambda: False)

@@ -14,52 +14,16 @@ from torch import Tensor
 from lrec.formats import Packed, unpack_codes
 from lrec.formats.binary import Binary
 from lrec.formats.codebook import Codebook
+from lrec.formats.outlier import Outlier
 from lrec.formats.salient import SALIENT_BITS, Salient
 from lrec.formats.ternary import TRITS, Ternary
 from lrec.formats.uniform import Uniform, groups
 from lrec.kernels import gpu
+from lrec.kernels.gpu.codes import code_at, codes_of
+from lrec.kernels.gpu.outliers import replace_outliers
 
 TILE_N, TILE_K = 32, 128
 ONE_GROUP = 2**30
-
-
-@triton.jit
-def code_at(row, k, inside, BITS: tl.constexpr):
-    """Code k, as uint32, of the packed codes that begin at `row`, in the order of `pack_codes`."""
-    bit = (k % 32) * BITS
-    word = row + (k // 32) * BITS + bit // 32
-    shift = (bit % 32).to(tl.uint32)
-    code = tl.load(word, inside, 0).to(tl.uint32, bitcast=True) >> shift
-    if 32 % BITS != 0:
-        crosses = shift + BITS > 32
-        high = tl.load(word + 1, inside & crosses, 0).to(tl.uint32, bitcast=True)
-        code = tl.where(crosses, code | (high << (32 - shift)), code)
-    return code & ((1 << BITS) - 1)
-
-
-@triton.jit
-def codes_of(row, box, inside, BITS: tl.constexpr, BK: tl.constexpr):
-    """Codes (BN, BK), as uint32, of this tile's columns in packed rows that begin at `row`; each word is loaded once.
-
-    Three-bit codes cross words, so they are taken from the first or the last 64 bits of their run of 96.
-    """
-    k_first = box[2] + tl.program_id(1) * BK
-    if BITS == 3:
-        run = k_first // 32 + tl.arange(0, BK // 32)[None, :]
-        fits = inside & (run * 32 < box[3])
-        w0 = tl.load(row + run * 3, fits, 0).to(tl.uint32, bitcast=True).to(tl.uint64)
-        w1 = tl.load(row + run * 3 + 1, fits, 0).to(tl.uint32, bitcast=True).to(tl.uint64)
-        w2 = tl.load(row + run * 3 + 2, fits, 0).to(tl.uint32, bitcast=True).to(tl.uint64)
-        first, last = w0 | (w1 << 32), w1 | (w2 << 32)
-        i = tl.arange(0, 32)[None, None, :]
-        shift = tl.where(i < 21, 3 * i, 3 * i - 32).to(tl.uint64)
-        codes = (tl.where(i < 21, first[:, :, None], last[:, :, None]) >> shift).to(tl.uint32)
-    else:
-        PER: tl.constexpr = 32 // BITS
-        word = k_first // PER + tl.arange(0, BK // PER)[None, :]
-        words = tl.load(row + word, inside & (word * PER < box[3]), 0).to(tl.uint32, bitcast=True)
-        codes = words[:, :, None] >> (tl.arange(0, PER) * BITS).to(tl.uint32)[None, None, :]
-    return tl.reshape(codes & ((1 << BITS) - 1), (codes.shape[0], BK))
 
 
 @triton.jit
@@ -117,11 +81,13 @@ def codebook_tile(
     BITS: tl.constexpr, GROUP: tl.constexpr, TABLES: tl.constexpr, SCALED: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """w = scale * table[code]; there is one table, or one a row or a group: TABLES."""
+    """w = scale * table[code]; there is one table, or one a row or a group, or the first of a row's pair: TABLES."""
     n, k, inside = tile(box, BN, BK)
     level = codes_of(qweight + n * words, box, n < box[1], BITS, BK).to(tl.int32)
     if TABLES == "row":
         level += n << BITS
+    if TABLES == "pair":
+        level += n << (BITS + 1)
     if TABLES == "group":
         level += (n * G + group_of(k, box, GROUP, BK)) << BITS
     w = tl.load(table + level, inside, 0).to(tl.float32)
@@ -194,6 +160,8 @@ def decoder(packed: Packed) -> Callable[[tuple[int, int], tuple[int, int], Tenso
         grid = (-(-(rows[1] - rows[0]) // TILE_N), -(-(columns[1] - columns[0]) // step_k))
         w = out if gpu.stored(out.dtype) is out.dtype else torch.empty_like(out, dtype=gpu.stored(out.dtype))
         kernel[grid](w, *tensors, (*rows, *columns), *numbers, **constants, BN=TILE_N, BK=step_k)
+        if isinstance(packed, Outlier):
+            replace_outliers(w, packed, tensors[1], rows, columns)
         if w is not out:
             out.copy_(w)
 
@@ -255,6 +223,13 @@ def _salient(packed: Salient):
     return salient_tile, (packed.qweight, packed.salient, mask, place, *factors), numbers, {"BITS": SALIENT_BITS}
 
 
+def _outlier(packed: Outlier):
+    table = packed.levels() if packed.table is None else packed.table
+    constants = {"BITS": packed.bits, "GROUP": ONE_GROUP, "TABLES": "pair", "SCALED": False}
+    numbers = (packed.qweight.shape[1], 1, packed.shape[1], 1)
+    return codebook_tile, (packed.qweight, table, table), numbers, constants
+
+
 # Format name -> (kernel, its tensors, its numbers, its constants).
 DECODERS = {
     "uniform": _uniform,
@@ -262,4 +237,5 @@ DECODERS = {
     "binary": _binary,
     "ternary": _ternary,
     "salient": _salient,
+    "outlier": _outlier,
 }

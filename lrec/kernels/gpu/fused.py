@@ -154,9 +154,9 @@ def product(x_TK: Tensor, packed: Uniform | Binary, config: Config) -> Tensor:
     splits = -(-shape.tiles // per_split)
     out = y if splits == 1 else x_TK.new_empty(splits, T, N, dtype=torch.float32)
     constants = sizes | {"BITS": weight.bits, "BN": config.BN, "EVEN": shape.even, "ASM": not gpu.interpreted()}
-    arguments, more = _weight(packed)
+    held_by, more = arguments(packed)
     multiply[(-(-N // config.BN), splits, x_blocks[0])](
-        out, staged, group_sums, tile_scales, *arguments[:3], T, N, shape.row_words, *arguments[3:],
+        out, staged, group_sums, tile_scales, *held_by[:3], T, N, shape.row_words, *held_by[3:],
         shape.tiles, per_split, **constants, **more, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits > 1:
@@ -164,7 +164,7 @@ def product(x_TK: Tensor, packed: Uniform | Binary, config: Config) -> Tensor:
     return y.to(x_TK.dtype)
 
 
-def _weight(packed: Uniform | Binary):
+def arguments(packed: Uniform | Binary) -> tuple[tuple, dict]:
     """(qweight, scale, zero, G, words of a row of zeros) as `multiply` takes them, and its constants."""
     if isinstance(packed, Binary):
         G, P = packed.alpha.shape[1:]

@@ -15,6 +15,8 @@ MIN_KP = 16  # the inner size of a tensor core's product
 MAX_GT = 16
 # Columns of the product at once, by bits a code; with more, registers spill.
 MAX_COLUMNS = {1: 16, 2: 64, 3: 16, 4: 64, 8: 64}
+# The same for gradients, which hold an accumulator for each code of a word.
+GRADIENT_COLUMNS = {1: 8, 2: 16, 3: 8, 4: 16, 8: 16}
 MAX_SPLITS = 16
 LARGE_N = 4096  # from here on, tiles of 128 rows are enough to go round
 PROGRAMS = 528  # four on each of 132 multiprocessors
@@ -87,11 +89,13 @@ class Tiling:
 
     @classmethod
     @lru_cache(maxsize=4096)
-    def of(cls, weight: Weight, num_rows: int, config: Config) -> "Tiling":
-        """BK columns a tile, in which GT groups lie; BM rows of x a block, so that GT * BM is 8 to MAX_COLUMNS."""
+    def of(cls, weight: Weight, num_rows: int, config: Config, transpose: bool = False) -> "Tiling":
+        """BK columns a tile, in which GT groups lie; BM rows of x a block, so that GT * BM is 8 to MAX_COLUMNS, or with
+        `transpose` to GRADIENT_COLUMNS."""
         GT = weight.groups_in_tile(config.KP)
         assert GT, f"{weight} was to be refused"
-        BM, most = max(8 // GT, 1), MAX_COLUMNS[weight.bits] // GT
+        columns = (GRADIENT_COLUMNS if transpose else MAX_COLUMNS)[weight.bits]
+        BM, most = max(8 // GT, 1), columns // GT
         while num_rows > BM and most >= 2 * BM:
             BM *= 2
         row_words = -(-weight.shape[1] // 32) * 32 // weight.fields
@@ -99,13 +103,16 @@ class Tiling:
         return cls(weight.fields * config.KP, GT, BM, tiles, row_words, tiles * config.KP == row_words)
 
 
-def refuses(spec: dict) -> str | None:
-    """Why the fused product cannot take a weight, in words, or None."""
+def refuses(spec: dict, transpose: bool = False) -> str | None:
+    """Why the fused product cannot take a weight, or its gradient with `transpose`, in words, or None."""
     if spec["format"] not in ("uniform", "binary"):
         return f"it multiplies uniform and binary weights, not {spec['format']}"
     weight = Weight.of_spec(spec)
     if not weight.fitting():
         return f"groups of {weight.group_size} columns do not divide tiles of {weight.fields * MIN_KP} columns"
+    scales = "alpha" if spec["format"] == "binary" else "scale"
+    if transpose and spec["tensors"][scales][0] not in ("float16", "uint8"):
+        return f"gradients meet scales in half precision, which {spec['tensors'][scales][0]} ones exceed"
     return None
 
 
@@ -124,8 +131,25 @@ def default(weight: Weight, num_rows: int) -> Config:
     return replace(config, splits=max(1, min(tiling.tiles, MAX_SPLITS, -(-PROGRAMS // programs))))
 
 
-def candidates(weight: Weight, num_rows: int) -> list[Config]:
+@lru_cache(maxsize=4096)
+def default_gradient(weight: Weight, num_rows: int) -> Config:
+    """The same for gradients: tiles short enough that the accumulators stay in registers as compiled for sm_90."""
+    N, kps = weight.shape[0], weight.fitting()
+    short = [KP for KP in kps if kps[0] == KP or weight.fields * KP <= 128]
+    config = Config(32 if weight.bits == 3 else 64, short[-1], 2, 3, 1)
+    tiling = Tiling.of(weight, num_rows, config, True)
+    programs = tiling.tiles * -(-num_rows // tiling.BM)
+    return replace(config, splits=max(1, min(-(-N // config.BN), MAX_SPLITS, -(-PROGRAMS // programs))))
+
+
+def candidates(weight: Weight, num_rows: int, transpose: bool = False) -> list[Config]:
     """What tuning measures, the default first; for several rows only tiles as long as the default's."""
+    if transpose:
+        first = default_gradient(weight, num_rows)
+        halves = dict.fromkeys((max(1, first.splits // 2), first.splits, min(MAX_SPLITS, first.splits * 2)))
+        lengths = [KP for KP in weight.fitting() if weight.fields * KP <= 2 * 128] or [first.KP]
+        found = [replace(first, KP=KP, BN=BN, splits=s) for KP in lengths for BN in (32, 64) for s in halves]
+        return list(dict.fromkeys([first, *found]))
     first = default(weight, num_rows)
     found = [first]
     for KP in [KP for KP in weight.fitting() if weight.fields * KP <= 512] if num_rows == 1 else [first.KP]:

@@ -7,7 +7,8 @@ so.
 
 import json
 import os
-from dataclasses import astuple
+import warnings
+from dataclasses import astuple, fields
 from datetime import date
 from functools import cache, lru_cache
 from importlib import metadata
@@ -20,6 +21,7 @@ from lrec.kernels.gpu.tiling import Config, Weight
 
 # By bits a code; where tiles hold few rows of x, the weight is read again for the next ones.
 DEFAULT_CROSSOVER = {1: 16, 2: 64, 3: 16, 4: 64, 8: 64}
+DEFAULT_GRADIENT_CROSSOVER = {1: 8, 2: 16, 3: 8, 4: 16, 8: 16}
 
 
 def path() -> Path:
@@ -34,20 +36,20 @@ def device() -> str:
 
 
 @lru_cache(maxsize=4096)
-def config(weight: Weight, num_rows: int) -> Config:
+def config(weight: Weight, num_rows: int, transpose: bool = False) -> Config:
     """The fastest Config that was measured for this shape on this device, or else the default."""
-    found = _measured(path(), device()).get("configs", {}).get(shape_class(weight, num_rows))
-    return Config(*found) if found else tiling.default(weight, num_rows)
+    found = _measured(path(), device()).get("configs", {}).get(shape_class(weight, num_rows, transpose))
+    default = tiling.default_gradient if transpose else tiling.default
+    return Config(*found) if found else default(weight, num_rows)
 
 
-def crossover(weight: Weight) -> tuple[int, str]:
+def crossover(weight: Weight, transpose: bool = False) -> tuple[int, str]:
     """Up to how many rows of x the fused product serves, and where that was measured, in words."""
     measured = _measured(path(), device())
-    rows = measured.get("crossover_rows", {}).get(kind(weight))
+    rows = measured.get("crossover_rows", {}).get(kind(weight, transpose))
     if rows is None:
-        return DEFAULT_CROSSOVER[
-            weight.bits
-        ], "not measured on this GPU; `lrec bench kernels --device cuda` measures it"
+        default = (DEFAULT_GRADIENT_CROSSOVER if transpose else DEFAULT_CROSSOVER)[weight.bits]
+        return default, "not measured on this GPU; `lrec bench kernels --device cuda` measures it"
     return rows, f"measured on {device()} on {measured['date']}"
 
 
@@ -72,15 +74,15 @@ def forget() -> None:
     config.cache_clear()
 
 
-def kind(weight: Weight) -> str:
-    """A format and its width: what a crossover holds for."""
-    return f"{weight.format} {weight.bits * weight.planes}-bit"
+def kind(weight: Weight, transpose: bool = False) -> str:
+    """A format and its width, and whether gradients: what a crossover holds for."""
+    return f"{weight.format} {weight.bits * weight.planes}-bit{' gradient' if transpose else ''}"
 
 
-def shape_class(weight: Weight, num_rows: int) -> str:
-    """What a Config holds for: format, width, group, shape, and rows up to a power of two."""
+def shape_class(weight: Weight, num_rows: int, transpose: bool = False) -> str:
+    """What a Config holds for: format, width, direction, group, shape, and rows up to a power of two."""
     N, K = weight.shape
-    return f"{kind(weight)} g{weight.group_size} {N}x{K} rows {1 << max(0, num_rows - 1).bit_length()}"
+    return f"{kind(weight, transpose)} g{weight.group_size} {N}x{K} rows {1 << max(0, num_rows - 1).bit_length()}"
 
 
 @cache
@@ -89,9 +91,42 @@ def _measured(file: Path, device_name: str) -> dict:
 
 
 def _read(file: Path) -> dict:
+    """What the file holds, by device; nothing, and a warning, if that is not what `record` writes."""
     try:
-        return json.loads(file.read_text())
+        everything = json.loads(file.read_text())
+        wrong = _wrong(everything)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); remove it, and what was measured is measured again") from error
+    except (OSError, ValueError) as error:  # not UTF-8 and not JSON are ValueErrors too
+        wrong = str(error)
+    if wrong:
+        warnings.warn(
+            f"lrec: {file} does not hold measurements of kernels ({wrong}), so defaults serve; `lrec bench kernels "
+            "--device cuda` measures anew and replaces it",
+            stacklevel=2,
+        )
+        return {}
+    return everything
+
+
+def _wrong(everything) -> str | None:
+    if not isinstance(everything, dict):
+        return f"a {type(everything).__name__}, not an object"
+    for name, mine in everything.items():
+        if not (isinstance(mine, dict) and isinstance(mine.get("date"), str)):
+            return f"no date for {name!r}"
+        configs, rows = mine.get("configs", {}), mine.get("crossover_rows", {})
+        if not (isinstance(configs, dict) and all(_is_config(value) for value in configs.values())):
+            return f"configs of {name!r}"
+        if not (isinstance(rows, dict) and all(type(value) is int and value >= 0 for value in rows.values())):
+            return f"crossovers of {name!r}"
+    return None
+
+
+def _is_config(value) -> bool:
+    """Whether a kernel can be launched so: powers of two in the ranges that `tiling` makes, whoever wrote them."""
+    if not (isinstance(value, list) and len(value) == len(fields(Config)) and all(type(v) is int for v in value)):
+        return False
+    BN, KP, num_warps, num_stages, splits = value
+    powers = all(v > 0 and v & (v - 1) == 0 for v in (BN, KP, num_warps))
+    return powers and 16 <= BN <= 256 and 16 <= KP <= 64 and num_warps <= 8 and 1 <= num_stages <= 8 and splits >= 1

@@ -1,0 +1,162 @@
+"""dY W for few rows of dY, from the same packed weight in the same order: nothing of size N*K, and no second copy.
+
+    dx[m, k] = sum_n v[m, n] q[n, k] - sum_n v[m, n] zero[n, g],   v[m, n] = dy[m, n] scale[n, g],  g the group of k
+
+The sum runs over rows of W, so scales cannot wait for the accumulator as they do in `fused`: they meet dy instead, a
+tile of rows of it at a time, and v is rounded to half once, for both sums. A field of a tile of words is a slice of
+columns of dx (`fields`), each with an accumulator of its own. Where a tile spans several groups, v stands once for
+each, and every word takes its own group's product in the end.
+
+Half has 30 octaves, which `stage_rows` uses: a row of dy is brought under 2 and the weight's largest scale under 2^14,
+by powers of two. The sum over N is split over programs as that over K is in `fused`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lrec.formats.binary import Binary
+from lrec.formats.uniform import Uniform
+from lrec.kernels import gpu
+from lrec.kernels.gpu.decode import zero_at
+from lrec.kernels.gpu.fields import PLACES3, cut, cut3, factors, field, field3
+from lrec.kernels.gpu.fused import add_up, arguments
+from lrec.kernels.gpu.tiling import Config, Tiling, Weight
+
+PLACES3_ = tl.constexpr(PLACES3)
+# Scales -> (their version, what brings the largest under 2^14), let go with the tensor.
+_UP = WeakTensorKeyDictionary()
+
+
+@triton.jit(do_not_specialize=["N"])
+def stage_rows(dy, staged, down, N, stride_m, stride_n, BLOCK: tl.constexpr):
+    """Row m of dy in half, over the power of two `down[m]` that brings its largest entry to [1, 2)."""
+    m = tl.program_id(0)
+    n = tl.arange(0, BLOCK)
+    most = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, N, BLOCK):
+        values = tl.load(dy + m * stride_m + (start + n).to(tl.int64) * stride_n, start + n < N, 0).to(tl.float32)
+        most = tl.maximum(most, tl.abs(values).to(tl.int32, bitcast=True))
+    biased = tl.max(most, 0) >> 23
+    up = tl.maximum(tl.minimum(254 - biased, 253), 1)
+    tl.store(down + m, ((254 - up) << 23).to(tl.float32, bitcast=True))
+    for start in range(0, N, BLOCK):
+        values = tl.load(dy + m * stride_m + (start + n).to(tl.int64) * stride_n, start + n < N, 0).to(tl.float32)
+        values *= (up << 23).to(tl.float32, bitcast=True)
+        tl.store(staged + m * N + start + n, values.to(tl.float16), start + n < N)
+
+
+@triton.jit
+def loaded(qweight, row, i, row_words, RUN: tl.constexpr, EVEN: tl.constexpr):
+    """Words i (1, KP) of rows (BN, 1), turned to (KP, BN): RUN tensors of them."""
+    inside = None if EVEN else i < row_words
+    words = ()
+    for r in tl.static_range(RUN):
+        words += (tl.trans(tl.load(qweight + row * row_words * RUN + i * RUN + r, inside)),)
+    return words
+
+
+@triton.jit
+def fields_of(words, BITS: tl.constexpr, F: tl.constexpr, ASM: tl.constexpr):
+    """The F float16 fields of words as `loaded` has them, a tuple."""
+    if not ASM:
+        found = ()
+        for j in tl.static_range(F):
+            if BITS == 3:
+                found += (field3(words[0], words[1], words[2], j, PLACES3_[j % 16]),)
+            else:
+                found += (field(words[0], j, BITS),)
+    elif BITS == 3:
+        found = cut3(words[0], words[1], True) + cut3(words[1], words[2], False)
+    else:
+        found = cut(words[0], BITS)
+    return found
+
+
+@triton.jit(do_not_specialize=["M", "tiles", "per_split"])
+def multiply_back(
+    out, staged, down, scale_up, qweight, scale, zero, factors, M, N, K, row_words, G, zero_words, tiles, per_split,
+    BITS: tl.constexpr, F: tl.constexpr, KP: tl.constexpr, GT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, PLANES: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """A block of rows of dy times one tile of columns of W, over one split of its rows: float32 out (splits, M, K)."""
+    C: tl.constexpr = GT * BM
+    BK: tl.constexpr = F * KP
+    t, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i, c = t * KP + tl.arange(0, KP)[None, :], tl.arange(0, C)[None, :]
+    m = block * BM + c % BM
+    g = t * BK // GROUP if GT == 1 else tl.minimum(t * GT + c // BM, G - 1)
+    up = tl.load(scale_up)
+    accs = (tl.zeros((KP, C), tl.float32),) * F
+    zeros = tl.zeros((BN, C), tl.float32)
+    for b in range(split * per_split, tl.minimum(tiles, (split + 1) * per_split)):
+        n = b * BN + tl.arange(0, BN)[:, None]
+        row = tl.minimum(n, N - 1)
+        dy = tl.load(staged + m * N + n, (m < M) & (n < N), 0).to(tl.float32)
+        if ZERO == "offset":
+            middle = tl.load(zero + row * G + g).to(tl.float32)
+        for p in tl.static_range(PLANES):
+            scales = tl.load(scale + (row * G + g) * PLANES + p).to(tl.float32)
+            v = (dy * (scales * up)).to(tl.float16)
+            if ZERO == "offset":
+                middle -= scales
+            else:
+                zeros += v.to(tl.float32) * zero_at(zero, row, g, G, zero_words, n < N, BITS, ZERO)
+            words = loaded(qweight, row * PLANES + p, i, row_words, 3 if BITS == 3 else 1, EVEN)
+            found = fields_of(words, BITS, F, ASM)
+            added = ()
+            for j in tl.static_range(F):
+                added += (tl.dot(found[j], v, accs[j]),)
+            accs = added
+        if ZERO == "offset":
+            zeros -= dy * (middle * up)
+    by = tl.load(down + m, m < M, 0) / up
+    constant = tl.sum(zeros, 0)[None, :]
+    word = t * KP + tl.arange(0, KP)[:, None]
+    for j in tl.static_range(F):
+        values = (accs[j] * tl.load(factors + j) * (2.0**25 if ZERO == "offset" else 2.0**24) - constant) * by
+        k = word * F + j
+        mine = (m < M) & (k < K) if GT == 1 else (m < M) & (k < K) & (k // GROUP == t * GT + c // BM)
+        tl.store(out + (split * M + m) * K + k, values.to(out.dtype.element_ty), mine)
+
+
+def gradient(dy_TN: Tensor, packed: Uniform | Binary, config: Config) -> Tensor:
+    """dY W (T, K) in dy's dtype, half or bfloat16, for a weight that `tiling.refuses` does not refuse."""
+    (N, K), T = packed.shape, dy_TN.shape[0]
+    weight = Weight.of(packed)
+    shape = Tiling.of(weight, T, config, True)
+    staged = dy_TN.new_empty(T, N, dtype=torch.float16)
+    down = dy_TN.new_empty(T, dtype=torch.float32)
+    stage_rows[(T,)](dy_TN, staged, down, N, *dy_TN.stride(), BLOCK=min(16384, triton.next_power_of_2(N)), num_warps=8)
+
+    tiles = -(-N // config.BN)
+    per_split = -(-tiles // config.splits)
+    splits = -(-tiles // per_split)
+    dx = dy_TN.new_empty(T, K, dtype=gpu.stored(dy_TN.dtype))
+    out = dx if splits == 1 else dy_TN.new_empty(splits, T, K, dtype=torch.float32)
+    (*tensors, G, words), more = arguments(packed)
+    constants = {"BITS": weight.bits, "F": weight.fields, "KP": config.KP, "GT": shape.GT, "BM": shape.BM}
+    constants |= {"BN": config.BN, "EVEN": shape.even, "ASM": not gpu.interpreted()}
+    multiply_back[(shape.tiles, splits, -(-T // shape.BM))](
+        out, staged, down, scale_up(tensors[1]), *tensors, factors(weight.bits, dy_TN.device), T, N, K,
+        shape.row_words, G, words, tiles, per_split,
+        **constants, **more, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        add_up[(-(-T * K // 1024),)](out, dx, T * K, splits, BLOCK=1024)
+    return dx.to(dy_TN.dtype)
+
+
+def scale_up(scale: Tensor) -> Tensor:
+    """float32 (1,): the power of two that brings the largest of these scales under 2^14; kept beside the weight."""
+    version = 0 if scale.is_inference() else scale._version
+    known = _UP.get(scale)
+    if known is not None and known[0] == version:
+        return known[1]
+    exponent = torch.frexp(scale.detach().abs().amax().float()).exponent.clamp(-100, 100)
+    up = torch.exp2(14.0 - exponent).view(1)
+    if not (scale.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's memory is its own
+        _UP[scale] = version, up
+    return up
