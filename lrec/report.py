@@ -6,8 +6,11 @@ from pathlib import Path
 
 import torch
 
-from lrec import anatomy, checkpoint, kernels, text
+from lrec import anatomy, checkpoint, kernels, registry, text
 from lrec.options import setting
+
+# What `lrec explain` asks for: rows of x, and whether for a gradient. A token, a batch of them, a prompt, a step.
+ASKED_ROWS = ((1, False), (16, False), (64, False), (1024, False), (16, True), (1024, True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +63,10 @@ class Explain:
         dtype = load.dtype_of(self.dtype, device)
         rows = []
         for entry in packed_config(text.model_path(self.model))["layers"]:
-            for num_rows, transpose in ((1, False), (1024, False), (1024, True)):
-                name, aside = kernels.explain(kernels.Call(device.type, dtype, num_rows, transpose), entry["spec"])
+            for num_rows, transpose in ASKED_ROWS:
+                call = kernels.Call(device.type, dtype, num_rows, transpose)
+                name, aside = kernels.explain(call, entry["spec"])
+                chosen = registry.find("kernels", name).chosen(call, entry["spec"])
                 rows.append(
                     {
                         "format": entry["spec"]["format"],
@@ -70,6 +75,7 @@ class Explain:
                         "rows": num_rows,
                         "direction": "backward" if transpose else "forward",
                         "kernel": name,
+                        "chosen": chosen or "",
                         "stood_aside": "; ".join(f"{k}: {v}" for k, v in aside.items()),
                     }
                 )

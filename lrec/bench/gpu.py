@@ -26,7 +26,8 @@ DEVICE = "cuda"
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (8192, 28672))
 ROWS = (1, 4, 16, 64, 256, 2048)
 TRAINING_ROWS = 2048  # from here on the gradient of x is measured too
-TUNED_ROWS = (1, 16)
+GRADIENT_ROWS = (16,)  # where the gradient of x is measured alone
+TUNED = ((1, False), (16, False), (16, True))  # rows of x, and whether for its gradient
 CROSSOVER_SHAPE, CROSSOVER_ROWS = (14336, 4096), (16, 32, 64, 128, 256)
 BITS = (2, 3, 4)
 SERVING = ("fused_triton", "slab_triton")
@@ -76,34 +77,44 @@ def run(group_size: int, repeats: int, quick: bool) -> dict:
 
 
 def tune(group_size: int) -> dict[str, int]:
-    """Measures and records the fastest Config of each shape, then each format's crossover, which it returns."""
+    """Measures and records the fastest Config of each shape, then each format's crossovers, which it returns."""
     from lrec.kernels.gpu.fused import product
+    from lrec.kernels.gpu.gradient import gradient
 
     configs = {}
     for N, K in SHAPES:
         for packed in weights(N, K, group_size):
-            copied = copies(packed)
-            for T in TUNED_ROWS:
-                x = random_x(T, K)
+            copied, weight = copies(packed), Weight.of(packed)
+            for T, transpose in TUNED:
+                x, way = random_x(T, N if transpose else K), gradient if transpose else product
                 calls = {
-                    config: lambda i, x=x, copied=copied, config=config: product(x, copied[i % len(copied)], config)
-                    for config in tiling.candidates(Weight.of(packed), T)
+                    config: lambda i, x=x, copied=copied, config=config, way=way: way(
+                        x, copied[i % len(copied)], config
+                    )
+                    for config in tiling.candidates(weight, T, transpose)
                 }
                 times = medians({c: call for c, call in calls.items() if fits(call)}, repeats=3, launches=40)
-                configs[tuning.shape_class(Weight.of(packed), T)] = min(times, key=times.get)
+                configs[tuning.shape_class(weight, T, transpose)] = min(times, key=times.get)
     tuning.record(configs, {})
     crossovers = {}
     for packed in weights(*CROSSOVER_SHAPE, group_size):
-        ways = {name: contender(packed, name, most_rows=2**30) for name in SERVING}
-        fused_is_faster = [0]
-        for T in CROSSOVER_ROWS:
-            x = random_x(T, CROSSOVER_SHAPE[1])
-            times = medians({n: lambda i, c=c, x=x: c.forward(x, i) for n, c in ways.items()}, repeats=3, launches=10)
-            if times["fused_triton"] < times["slab_triton"]:
-                fused_is_faster.append(T)
-        crossovers[tuning.kind(Weight.of(packed))] = fused_is_faster[-1]
+        for transpose in (False, True):
+            crossovers[tuning.kind(Weight.of(packed), transpose)] = crossover(packed, transpose)
     tuning.record({}, crossovers)
     return crossovers
+
+
+def crossover(packed: Packed, transpose: bool) -> int:
+    """The most rows of `CROSSOVER_ROWS`, for gradients a quarter of each, with which fused is faster than slabs."""
+    ways = {name: contender(packed, name, most_rows=2**30) for name in SERVING}
+    faster = 0
+    for rows in CROSSOVER_ROWS:
+        T = rows // 4 if transpose else rows
+        x = random_x(T, packed.shape[0 if transpose else 1])
+        calls = {name: lambda i, c=c, x=x: (c.backward if transpose else c.forward)(x, i) for name, c in ways.items()}
+        times = medians(calls, repeats=3, launches=10)
+        faster = T if times["fused_triton"] < times["slab_triton"] else faster
+    return faster
 
 
 def fits(call: Callable[[int], Tensor]) -> bool:
@@ -120,15 +131,15 @@ def fits(call: Callable[[int], Tensor]) -> bool:
 def measure(contenders: list[Contender], shape: tuple[int, int], T: int, repeats: int) -> list[dict]:
     """A row per contender that takes T rows of x, and per direction: microseconds, rates, ratios to torch, error."""
     N, K = shape
-    x, rows = random_x(T, K), []
+    x, dy, rows = random_x(T, K), random_x(T, N), []
     served = [c for c in contenders if c.most_rows >= T]
-    for direction in ("forward", "forward+backward")[: 1 + (T >= TRAINING_ROWS)]:
-        calls = {
-            c.name: (lambda i, c=c: c.forward(x, i))
-            if direction == "forward"
-            else (lambda i, c=c: c.backward(c.forward(x, i), i))
-            for c in served
-        }
+    directions = {
+        "forward": lambda c, i: c.forward(x, i),
+        **({"backward": lambda c, i: c.backward(dy, i)} if T in GRADIENT_ROWS else {}),
+        **({"forward+backward": lambda c, i: c.backward(c.forward(x, i), i)} if T >= TRAINING_ROWS else {}),
+    }
+    for direction, run in directions.items():
+        calls = {c.name: lambda i, c=c, run=run: run(c, i) for c in served}
         times = medians(calls, repeats, launches=40 if T <= 64 else 4)
         for c in served:
             ratios = {"x_bfloat16": times["torch bfloat16"] / times[c.name]}
@@ -143,7 +154,7 @@ def measure(contenders: list[Contender], shape: tuple[int, int], T: int, repeats
                     "us": 1e6 * times[c.name],
                     "gb_per_s": (c.nbytes + 2 * T * (N + K)) / times[c.name] / 1e9,
                     **ratios,
-                    "error": error(c, x) if direction == "forward" and N * K <= ERROR_WEIGHTS else None,
+                    "error": error(c, x, dy, direction) if N * K <= ERROR_WEIGHTS else None,
                 }
             )
     return rows
@@ -169,7 +180,8 @@ def captured(call: Callable[[int], Tensor], launches: int) -> torch.cuda.CUDAGra
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call(0)
+        for i in range(launches):  # each copy of a weight: what is made once a weight is not part of a call
+            call(i)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -178,12 +190,16 @@ def captured(call: Callable[[int], Tensor], launches: int) -> torch.cuda.CUDAGra
     return graph
 
 
-def error(c: Contender, x: Tensor) -> float | None:
-    """Relative error of a packed product against float64; NaN if one is in it."""
-    if c.weight is None:
+def error(c: Contender, x: Tensor, dy: Tensor, direction: str) -> float | None:
+    """Relative error of a packed product or gradient against float64; NaN if one is in it."""
+    if c.weight is None or direction == "forward+backward":
         return None
-    expected = x.double() @ c.weight.unpack().double().t()
-    return float((c.forward(x, 0).double() - expected).norm() / expected.norm())
+    w_NK = c.weight.unpack().double()
+    if direction == "backward":
+        actual, expected = c.backward(dy, 0), dy.double() @ w_NK
+    else:
+        actual, expected = c.forward(x, 0), x.double() @ w_NK.t()
+    return float((actual.double() - expected).norm() / expected.norm())
 
 
 def weights(N: int, K: int, group_size: int) -> list[Packed]:

@@ -45,6 +45,11 @@ class Kernel:
         raise NotImplementedError
 
     @classmethod
+    def chosen(cls, call: Call, spec: dict) -> str | None:
+        """What decided that this kernel serves the call, and where that was measured; None if nothing had to."""
+        return None
+
+    @classmethod
     def matmul(cls, x_TK: Tensor, packed: Packed, transpose: bool) -> Tensor:
         """x W^T of shape (T, N), or with `transpose` x W of shape (T, K), in x's dtype."""
         raise NotImplementedError

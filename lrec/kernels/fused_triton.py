@@ -35,6 +35,12 @@ class FusedTriton(Kernel):
         return None
 
     @classmethod
+    def chosen(cls, call: Call, spec: dict) -> str | None:
+        """The crossover."""
+        rows, where = tuning.crossover(Weight.of_spec(spec), call.transpose)
+        return f"up to {rows} rows ({where})"
+
+    @classmethod
     def matmul(cls, x_TK: Tensor, packed: Packed, transpose: bool) -> Tensor:
         """See `Kernel.matmul`."""
         from lrec.kernels.gpu.fused import product

@@ -63,12 +63,15 @@ def test_decoded_values_are_those_of_unpack_bit_for_bit(format_name, case):
         if served(kernel, packed, dtype):
             eye = torch.eye(packed.shape[1], dtype=dtype, device="cuda")
             assert torch.equal(kernel.matmul(eye, on_gpu, False).cpu(), w_NK.t().to(dtype)), kernel.__name__
+        if served(kernel, packed, dtype, transpose=True):
+            eye = torch.eye(packed.shape[0], dtype=dtype, device="cuda")
+            assert torch.equal(kernel.matmul(eye, on_gpu, True).cpu(), w_NK.to(dtype)), f"{kernel.__name__}, dY W"
 
 
 def large(name):
     """A random weight of a 7B model's size, on the GPU."""
     if name == "binary":
-        return binary(4096, 11008, 2, 128).to("cuda")
+        return binary(4096, 11008, 2, 128, torch.float16).to("cuda")
     bits, N, K = int(name[0]), 11008, 4096
     words = torch.randint(-(2**31), 2**31, (N, K // 32 * bits), dtype=torch.int32, device="cuda")
     scale, zero = (torch.rand(N, K // 128, device="cuda").half() + 0.1 for _ in range(2))
@@ -99,6 +102,22 @@ def test_configs_of_a_large_layer_are_right_and_repeat(name):
             half = product(x.half(), packed, config)
             assert_close(half, x.half().double() @ w_NK.t(), TOLERANCE[torch.float16], f"half, {config}")
             assert torch.equal(y, product(x, packed, config)), f"two runs of {config} differ"
+
+
+@pytest.mark.parametrize("name", ["2bit", "3bit", "4bit", "8bit", "binary"])
+def test_fused_gradients_of_a_large_layer_are_right_and_repeat(name):
+    from lrec.kernels.gpu.gradient import gradient
+
+    packed = large(name)
+    w_NK = packed.unpack().double()
+    for T in (1, 5, 16):
+        dy = 0.02 * torch.randn(T, packed.shape[0], device="cuda").bfloat16()
+        dy[:, 11] *= 300
+        config = tiling.default_gradient(Weight.of(packed), T)
+        for dtype in (torch.bfloat16, torch.float16):
+            dx = gradient(dy.to(dtype), packed, config)
+            assert_close(dx, dy.to(dtype).double() @ w_NK, TOLERANCE[dtype], f"{dtype}, T={T}")
+            assert torch.equal(dx, gradient(dy.to(dtype), packed, config)), "two runs differ"
 
 
 @pytest.mark.parametrize("name", ["2bit", "3bit", "binary"])

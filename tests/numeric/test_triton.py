@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 # Of the suite's cases; an interpreted product takes a tenth of a second.
 CASES = (
     "2bit-g128-41x401 or 2bit-g64-19x203 or 2bit-g100 or 3bit-g64-19x203 or 3bit-g0-3x17 or 4bit-g64-19x203 or "
-    "8bit-g0-3x17 or 2bit-weight-blocks or 3bit-rows or 1plane or odd or ternary-rows or 3bit-scales8 or outlier-2bit "
+    "8bit-g0-3x17 or 2bit-weight-blocks or 3bit-rows or 1plane or odd or ternary-rows or 2bit-scales8 or outlier-2bit "
     "or (identity and slab and (groups or 2planes or twice or scales8 or none or all or tiny or longer or spanned))"
 )
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_interpreter, in a process of its own")
@@ -184,6 +184,7 @@ def test_rows_decide_between_fused_and_slabs(monkeypatch, tmp_path):
     )
     assert kernels.explain(Call("cpu", torch.bfloat16, 16, transpose=True), spec)[0] == "fused_triton"
     assert kernels.explain(Call("cpu", torch.bfloat16, 17, transpose=True), spec)[0] == "slab_triton"
+    assert FusedTriton.chosen(Call("cpu", torch.bfloat16, 1), spec).startswith("up to 64 rows (not measured")
     best = Config(32, 16, 2, 2, 2)
     tuning.record({tuning.shape_class(weight, 3): best}, {tuning.kind(weight): 16})
     assert tuning.config(weight, 4) == best and tuning.config(weight, 5) == tiling.default(weight, 5)
@@ -191,6 +192,7 @@ def test_rows_decide_between_fused_and_slabs(monkeypatch, tmp_path):
     assert (
         name == "slab_triton" and "beyond 16 rows" in aside["fused_triton"] and "measured on" in aside["fused_triton"]
     )
+    assert "up to 16 rows (measured on no GPU" in FusedTriton.chosen(Call("cpu", torch.bfloat16, 1), spec)
     assert tuning.config(weight, 4, transpose=True) == tiling.default_gradient(weight, 4), "another direction's Config"
     tuning.forget()
 

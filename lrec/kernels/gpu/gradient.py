@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lrec.formats.binary import Binary
-from lrec.formats.uniform import Uniform
+from lrec.formats.uniform import Uniform, power_of_two
 from lrec.kernels import gpu
 from lrec.kernels.gpu.decode import zero_at
 from lrec.kernels.gpu.fields import PLACES3, cut, cut3, factors, field, field3
@@ -156,7 +156,7 @@ def scale_up(scale: Tensor) -> Tensor:
     if known is not None and known[0] == version:
         return known[1]
     exponent = torch.frexp(scale.detach().abs().amax().float()).exponent.clamp(-100, 100)
-    up = torch.exp2(14.0 - exponent).view(1)
+    up = power_of_two(14 - exponent).view(1)
     if not (scale.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's memory is its own
         _UP[scale] = version, up
     return up
