@@ -15,8 +15,8 @@ public:
     }
 
     Row row(int64_t n) {
-        load_floats(w.alpha, n * G * w.planes, G * w.planes, alpha.data());
-        load_floats(w.offset, n * G, G, offset.data());
+        machine().floats(w.alpha, n * G * w.planes, G * w.planes, alpha.data());
+        machine().floats(w.offset, n * G, G, offset.data());
         for (int64_t g = 0; g < G; g++) {
             float* level = levels.data() + g * LEVELS;
             level[0] = offset[g];

@@ -11,12 +11,12 @@ public:
     Reader(const LrecCodebook& w, int64_t)
         : w(w), L(int64_t(1) << w.bits), scaled(w.scale.kind != LREC_NONE), alike(!scaled || w.K % w.block_size == 0),
           tables((w.group_step ? ceil_div(w.K, w.group_size) : 1) * L) {
-        if (w.row_step == 0) load_floats(w.table, 0, L, tables.data());
+        if (w.row_step == 0) machine().floats(w.table, 0, L, tables.data());
         if (alike) cut(0);
     }
 
     Row row(int64_t n) {
-        if (w.row_step != 0) load_floats(w.table, n * w.row_step, int64_t(tables.size()), tables.data());
+        if (w.row_step != 0) machine().floats(w.table, n * w.row_step, int64_t(tables.size()), tables.data());
         if (!alike) cut(n);
         if (scaled) {
             const int64_t first = n * w.K / w.block_size;

@@ -68,10 +68,10 @@ public:
 
 private:
     void load_levels(int64_t n) {
-        if (w.table.kind != LREC_NONE) return load_floats(w.table, n * 2 * L, 2 * L, levels.data());
+        if (w.table.kind != LREC_NONE) return machine().floats(w.table, n * 2 * L, 2 * L, levels.data());
         float scale[2], base[2];
-        load_floats(w.scale, n * 2, 2, scale);
-        load_floats(w.base, n * 2, 2, base);
+        machine().floats(w.scale, n * 2, 2, scale);
+        machine().floats(w.base, n * 2, 2, base);
         for (int64_t q = 0; q < L; q++) {
             const float tail = base[1] + scale[1] * float(q % (L / 2));
             levels[q] = base[0] + scale[0] * float(q);

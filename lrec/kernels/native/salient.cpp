@@ -13,7 +13,7 @@ struct Columns {
 
     explicit Columns(const LrecSalient& w) : factor(w.K - w.num_salient) {
         for (int64_t k = 0; k < w.K; k++) (code_at(w.mask, k, 1) ? salient : rest).push_back(k);
-        load_floats(w.column, 0, int64_t(factor.size()), factor.data());
+        machine().floats(w.column, 0, int64_t(factor.size()), factor.data());
     }
 };
 
