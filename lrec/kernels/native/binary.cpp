@@ -26,6 +26,7 @@ public:
             }
         }
         const uint32_t* planes = w.qweight + n * w.planes * words;
+        prefetch_ahead(planes, 4 * w.planes * words);
         if (w.planes == 2) interleave<2>(reinterpret_cast<const uint8_t*>(planes));
         else if (w.planes == 3) interleave<3>(reinterpret_cast<const uint8_t*>(planes));
         else if (w.planes == 4) interleave<4>(reinterpret_cast<const uint8_t*>(planes));

@@ -22,7 +22,9 @@ public:
             const int64_t first = n * w.K / w.block_size;
             for (size_t i = 0; i < runs.size(); i++) runs[i].scale = block_scale(first + blocks[i]);
         }
-        return {w.qweight + n * ceil_div(w.K, 32) * w.bits, runs.data(), w.K, int(w.bits)};
+        const int64_t words = ceil_div(w.K, 32) * w.bits;
+        prefetch_ahead(w.qweight + n * words, 4 * words);
+        return {w.qweight + n * words, runs.data(), w.K, int(w.bits)};
     }
 
 private:

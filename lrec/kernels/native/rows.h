@@ -38,6 +38,13 @@ struct Inputs {
 };
 
 constexpr int64_t PAD = 32;
+constexpr int64_t PAGE = 4096;
+
+// Asks for stored bytes that are a page or more ahead of a row's own: hardware prefetching ends with each page.
+inline void prefetch_ahead(const void* row, int64_t bytes) {
+    const char* ahead = static_cast<const char*>(row) + round_up(PAGE, bytes);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+}
 
 // What is compiled for each kind of machine. `product` and `dense` set y[t * ldy] = sum_k x[t, k] w[k] for a row in codes
 // and for a decoded one, which is zero from K up to a multiple of 32.

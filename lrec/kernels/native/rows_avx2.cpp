@@ -17,7 +17,8 @@ inline __m256i codes_at(const uint32_t* words, int i) {
     uint32_t word;
     std::memcpy(&word, reinterpret_cast<const char*>(words) + from, sizeof word);
     const __m256i fields = _mm256_setr_epi32(0, BITS, 2 * BITS, 3 * BITS, 4 * BITS, 5 * BITS, 6 * BITS, 7 * BITS);
-    return _mm256_srlv_epi32(_mm256_set1_epi32(int32_t(word >> (bit - 8 * from))), fields);
+    const __m256i shifts = _mm256_add_epi32(fields, _mm256_set1_epi32(bit - 8 * from));  // known where i is
+    return _mm256_srlv_epi32(_mm256_set1_epi32(int32_t(word)), shifts);
 }
 
 inline __m256 scaled(__m256 levels, float scale, float shift) {

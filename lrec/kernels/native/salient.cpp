@@ -25,6 +25,7 @@ public:
         const float scale = stored_float(w.scale, n), offset = stored_float(w.offset, n);
         signs[0] = -scale + offset;
         signs[1] = scale + offset;
+        prefetch_ahead(w.qweight + n * ceil_div(M, 32), 4 * ceil_div(M, 32));
         return {w.qweight + n * ceil_div(M, 32), &rest_run, M, 1};
     }
 

@@ -22,6 +22,7 @@ public:
         machine().floats(w.scale, n * G, G, scale.data());
         load_zeros(n);
         for (int64_t g = 0; g < G; g++) runs[g].scale = scale[g], runs[g].shift = -zero[g];
+        prefetch_ahead(row_codes(w, n), 4 * row_words(w));
         return {row_codes(w, n), runs.data(), w.K, int(w.bits)};
     }
 
