@@ -40,9 +40,9 @@ struct Inputs {
 constexpr int64_t PAD = 32;
 constexpr int64_t PAGE = 4096;
 
-// Asks for stored bytes that are a page or more ahead of a row's own: hardware prefetching ends with each page.
+// Asks for as many stored bytes as a row has, a page ahead of it: hardware prefetching ends with each page.
 inline void prefetch_ahead(const void* row, int64_t bytes) {
-    const char* ahead = static_cast<const char*>(row) + round_up(PAGE, bytes);
+    const char* ahead = static_cast<const char*>(row) + PAGE;
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
 }
 
