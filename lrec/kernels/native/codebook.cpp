@@ -11,18 +11,20 @@ public:
     Reader(const LrecCodebook& w, int64_t)
         : w(w), L(int64_t(1) << w.bits), scaled(w.scale.kind != LREC_NONE), alike(!scaled || w.K % w.block_size == 0),
           tables((w.group_step ? ceil_div(w.K, w.group_size) : 1) * L) {
-        if (w.row_step == 0) load_floats(w.table, 0, L, tables.data());
+        if (w.row_step == 0) machine().floats(w.table, 0, L, tables.data());
         if (alike) cut(0);
     }
 
     Row row(int64_t n) {
-        if (w.row_step != 0) load_floats(w.table, n * w.row_step, int64_t(tables.size()), tables.data());
+        if (w.row_step != 0) machine().floats(w.table, n * w.row_step, int64_t(tables.size()), tables.data());
         if (!alike) cut(n);
         if (scaled) {
             const int64_t first = n * w.K / w.block_size;
             for (size_t i = 0; i < runs.size(); i++) runs[i].scale = block_scale(first + blocks[i]);
         }
-        return {w.qweight + n * ceil_div(w.K, 32) * w.bits, runs.data(), w.K, int(w.bits)};
+        const int64_t words = ceil_div(w.K, 32) * w.bits;
+        prefetch_ahead(w.qweight + n * words, 4 * words);
+        return {w.qweight + n * words, runs.data(), w.K, int(w.bits)};
     }
 
 private:

@@ -43,12 +43,12 @@ struct Exact {
         for (auto& set : part)
             for (auto& row : set)
                 for (auto& t : row) t = Vector::zero();
+        Vector xs[T];  // out here, for in the loop GCC 12.2 at -O1 gives it the place on the stack that `code` has (GCC bug 113372)
 #pragma GCC unroll 16
         for (int s = 0; s < L::PER_LANE; s++) {
             if (s == L::HALF)
                 for (auto& c : code) c = c.lowered();
             const int32_t mask = ((1 << BITS) - 1) << (BITS * (s % L::HALF));
-            Vector xs[T];
             for (int t = 0; t < T; t++) xs[t] = Vector::load(x + (t * L::PER_LANE + s) * LANES);
             for (int r = 0; r < R; r++) {
                 const Vector q = code[r].field(mask);

@@ -4,6 +4,7 @@
 // A `Product` says how a block of x is laid out and how its products with a block of codes are summed: BITS; BYTES, the
 // size of one laid-out block; prepare_block(from, to, sums); and block_sums<R, T>(codes, words, x, sums).
 constexpr int LANES = Vector::WIDTH;
+constexpr int64_t PAGE_WORDS = 1024;  // codes are asked for so far ahead: hardware prefetching ends with each page
 
 // How `BITS`-bit codes stand in one load: PER_LANE codes in each lane, BLOCK in all. Fields at and above HALF are
 // reached after one shift by 16, which keeps the sign bit clear and the powers of two small.
@@ -91,11 +92,12 @@ void gemv_block(const LrecUniform& w, const Prepared& p, int64_t n, const float*
         }
     };
     const uint32_t* codes = row_codes(w, n);
+    const int64_t ahead = round_up(PAGE_WORDS, R * words);
     const int64_t full = words / L::WORDS;
     int64_t group = 0, left = per_group;
     Vector sums[R][T];
     for (int64_t b = 0; b < full; b++) {
-        for (int r = 0; r < R; r++) _mm_prefetch(reinterpret_cast<const char*>(codes + (R + r) * words + b * L::WORDS), _MM_HINT_T0);
+        for (int r = 0; r < R; r++) _mm_prefetch(reinterpret_cast<const char*>(codes + ahead + r * words + b * L::WORDS), _MM_HINT_T1);
         Product::template block_sums<R, T>(codes + b * L::WORDS, words, p.x + b * T * Product::BYTES, sums);
         finish(b, group, sums);
         if (--left == 0) group++, left = per_group;

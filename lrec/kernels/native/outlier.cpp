@@ -11,16 +11,40 @@ class Walk {
 public:
     Walk(const LrecOutlier& w, int64_t row)
         : w(w), jump((1 << w.index_bits) - 1), tiles(ceil_div(w.N * w.K, w.tile)), tile(row * w.K / w.tile), symbol(w.starts[tile]),
-          steps(jump + 1) {
-        for (int64_t value = 0; value <= jump; value++) steps[value] = (value < jump ? value + 1 : value) * w.stride % w.K;
+          gaps(jump + 1), steps(jump + 1) {
+        for (int64_t value = 0; value <= jump; value++) {
+            gaps[value] = value < jump ? value + 1 : value;
+            steps[value] = gaps[value] * w.stride % w.K;
+        }
         go_to(tile * w.tile - 1);
         do next();
         while (place < row * w.K);
     }
 
-    // Where the outlier is, in the walk and in its row; at the end INT64_MAX.
-    int64_t place, column;
+    // visit(column) for each outlier of row n; rows come in order.
+    template <class Visit>
+    void visit_row(int64_t n, const Visit& visit) {
+        const int64_t end = (n + 1) * w.K, K = w.K;
+        const int bits = int(w.index_bits);
+        while (place < end) {
+            // As `next`, within the row and the tile, where all stays in registers.
+            const int64_t last = w.starts[tile + 1];
+            int64_t at = place, to = column, from = symbol, value = 0;
+            visit(to);
+            while (at < end && from < last) {
+                value = code_at(w.index, from++, bits);
+                at += gaps[value];
+                to += steps[value];
+                to -= to < K ? 0 : K;
+                if (value < jump && at < end) visit(to);
+            }
+            place = at, column = to, symbol = from;
+            if (at >= end) go_to(at);
+            if (at < end || value == jump) next();
+        }
+    }
 
+private:
     void next() {
         while (true) {
             while (symbol == w.starts[tile + 1]) {
@@ -31,7 +55,7 @@ public:
                 go_to(++tile * w.tile - 1);
             }
             const int64_t value = code_at(w.index, symbol++, int(w.index_bits));
-            place += value < jump ? value + 1 : value;
+            place += gaps[value];
             column += steps[value];
             if (column >= w.K) column -= w.K;
             if (place >= row_end) go_to(place);
@@ -39,7 +63,6 @@ public:
         }
     }
 
-private:
     void go_to(int64_t new_place) {
         place = new_place;
         const int64_t row = place < 0 ? -1 : place / w.K;  // before the first row one step leads to column 0 too
@@ -49,8 +72,9 @@ private:
 
     const LrecOutlier& w;
     const int64_t jump, tiles;
+    int64_t place, column;  // where the next outlier is, in the walk and in its row; at the end INT64_MAX
     int64_t tile, symbol, row_end;
-    std::vector<int64_t> steps;  // columns on, by symbol
+    std::vector<int64_t> gaps, steps;  // by symbol: places on in the walk, and columns
 };
 
 class Reader {
@@ -61,17 +85,18 @@ public:
         load_levels(n);
         const Run run = {w.K, levels.data(), 1.0f};
         const Row row = {w.qweight + n * words, &run, w.K, int(w.bits)};
+        prefetch_ahead(row.codes, 4 * words);
         machine().decode(row, out);
         const float* outlier = levels.data() + L;
-        for (; walk.place < (n + 1) * w.K; walk.next()) out[walk.column] = outlier[code_at(row.codes, walk.column, row.bits)];
+        walk.visit_row(n, [&](int64_t column) { out[column] = outlier[code_at(row.codes, column, row.bits)]; });
     }
 
 private:
     void load_levels(int64_t n) {
-        if (w.table.kind != LREC_NONE) return load_floats(w.table, n * 2 * L, 2 * L, levels.data());
+        if (w.table.kind != LREC_NONE) return machine().floats(w.table, n * 2 * L, 2 * L, levels.data());
         float scale[2], base[2];
-        load_floats(w.scale, n * 2, 2, scale);
-        load_floats(w.base, n * 2, 2, base);
+        machine().floats(w.scale, n * 2, 2, scale);
+        machine().floats(w.base, n * 2, 2, base);
         for (int64_t q = 0; q < L; q++) {
             const float tail = base[1] + scale[1] * float(q % (L / 2));
             levels[q] = base[0] + scale[0] * float(q);

@@ -11,7 +11,7 @@ void decode(const Row& row, float* out) {
     const Run* run = row.runs;
     for (int64_t k = 0; k < row.K; k++) {
         while (run->last <= k) run++;
-        out[k] = run->scale * run->levels[code_at(row.codes, k, row.bits)];
+        out[k] = run->weight(code_at(row.codes, k, row.bits), row.bits);
     }
 }
 
@@ -49,7 +49,7 @@ Cpu allowed() {
 
 }  // namespace
 
-const Machine PORTABLE = {decode, product, dense};
+const Machine PORTABLE = {load_floats, decode, product, dense};
 
 Cpu cpu() {
     static const Cpu chosen = std::min(widest(), allowed());

@@ -14,14 +14,16 @@
 
 namespace lrec {
 
-// Up to column `last` weights are scale * levels[code]; the last run of a row ends at K.
+// Up to column `last` weights are scale * (levels[code] + shift); the last run of a row ends at K.
 struct Run {
     int64_t last;
-    const float* levels;  // 2^bits, or for one bit 4, of which 2 count
-    float scale;
+    const float* levels;  // 2^bits, or for one bit 4, of which 2 count; for 8 bits none, there the code is its own level
+    float scale, shift = 0.0f;
+
+    float weight(uint32_t code, int bits) const { return scale * ((bits == 8 ? float(code) : levels[code]) + shift); }
 };
 
-// Codes of 1 to 4 bits in the order of `pack_codes`, readable up to a multiple of 32.
+// Codes of 1 to 4 bits or of 8 in the order of `pack_codes`, readable up to a multiple of 32.
 struct Row {
     const uint32_t* codes;
     const Run* runs;
@@ -36,10 +38,18 @@ struct Inputs {
 };
 
 constexpr int64_t PAD = 32;
+constexpr int64_t PAGE = 4096;
+
+// Asks for as many stored bytes as a row has, a page ahead of it: hardware prefetching ends with each page.
+inline void prefetch_ahead(const void* row, int64_t bytes) {
+    const char* ahead = static_cast<const char*>(row) + PAGE;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+}
 
 // What is compiled for each kind of machine. `product` and `dense` set y[t * ldy] = sum_k x[t, k] w[k] for a row in codes
 // and for a decoded one, which is zero from K up to a multiple of 32.
 struct Machine {
+    void (*floats)(const LrecFloats& f, int64_t start, int64_t n, float* out);  // what `load_floats` does
     void (*decode)(const Row& row, float* out);
     void (*product)(const Row& row, const Inputs& in, float* y, int64_t ldy);
     void (*dense)(const float* row, int64_t K, const Inputs& in, float* y, int64_t ldy);

@@ -11,7 +11,7 @@ inline __attribute__((always_inline)) void each_vector(const Row& row, Sink& sin
     int64_t k = 0;
     while (k < K) {
         while (run->last <= k) run++;
-        const Levels<BITS> levels(run->levels, run->scale);
+        const Levels<BITS> levels(run->levels, run->scale, run->shift);
         const int64_t last = run->last < K ? run->last : end;
         const auto part = [&]() __attribute__((always_inline)) {
             sink.part(k, levels.at(row.codes + k / 32 * BITS, int(k % 32) / W));
@@ -32,7 +32,7 @@ inline __attribute__((always_inline)) void each_vector(const Row& row, Sink& sin
             float mixed[W];
             for (int i = 0; i < W; i++) {
                 while (run->last <= k + i && run->last < K) run++;
-                mixed[i] = k + i < K ? run->scale * run->levels[code_at(row.codes, k + i, BITS)] : 0.0f;
+                mixed[i] = k + i < K ? run->weight(code_at(row.codes, k + i, BITS), BITS) : 0.0f;
             }
             sink.part(k, Vector::load(mixed));
             k += W;
@@ -114,18 +114,29 @@ void dense_inputs(const float* row, int64_t K, const Inputs& in, float* y, int64
     sink.finish(y, ldy);
 }
 
+// float16, the usual case, by vectors.
+void floats(const LrecFloats& f, int64_t start, int64_t n, float* out) {
+    int64_t i = 0;
+    if (f.kind == LREC_HALF)
+        for (const uint16_t* half = static_cast<const uint16_t*>(f.data) + start; i + Vector::WIDTH <= n; i += Vector::WIDTH)
+            Vector::load_half(half + i).store(out + i);
+    load_floats(f, start + i, n - i, out + i);
+}
+
 void decode(const Row& row, float* out) {
     if (row.bits == 1) decode_codes<1>(row, out);
     else if (row.bits == 2) decode_codes<2>(row, out);
     else if (row.bits == 3) decode_codes<3>(row, out);
-    else decode_codes<4>(row, out);
+    else if (row.bits == 4) decode_codes<4>(row, out);
+    else decode_codes<8>(row, out);
 }
 
 void product(const Row& row, const Inputs& in, float* y, int64_t ldy) {
     if (row.bits == 1) product_inputs<1>(row, in, y, ldy);
     else if (row.bits == 2) product_inputs<2>(row, in, y, ldy);
     else if (row.bits == 3) product_inputs<3>(row, in, y, ldy);
-    else product_inputs<4>(row, in, y, ldy);
+    else if (row.bits == 4) product_inputs<4>(row, in, y, ldy);
+    else product_inputs<8>(row, in, y, ldy);
 }
 
 void dense(const float* row, int64_t K, const Inputs& in, float* y, int64_t ldy) {

@@ -13,7 +13,7 @@ struct Columns {
 
     explicit Columns(const LrecSalient& w) : factor(w.K - w.num_salient) {
         for (int64_t k = 0; k < w.K; k++) (code_at(w.mask, k, 1) ? salient : rest).push_back(k);
-        load_floats(w.column, 0, int64_t(factor.size()), factor.data());
+        machine().floats(w.column, 0, int64_t(factor.size()), factor.data());
     }
 };
 
@@ -25,6 +25,7 @@ public:
         const float scale = stored_float(w.scale, n), offset = stored_float(w.offset, n);
         signs[0] = -scale + offset;
         signs[1] = scale + offset;
+        prefetch_ahead(w.qweight + n * ceil_div(M, 32), 4 * ceil_div(M, 32));
         return {w.qweight + n * ceil_div(M, 32), &rest_run, M, 1};
     }
 

@@ -17,8 +17,9 @@ public:
     }
 
     Row row(int64_t n) {
-        load_floats(w.scale, n * G, G, scale.data());
+        machine().floats(w.scale, n * G, G, scale.data());
         for (int64_t g = 0; g < G; g++) runs[g].scale = scale[g];
+        prefetch_ahead(w.qweight + n * bytes, bytes);
         uint64_t ready = 0;
         int count = 0;
         uint32_t* out = codes.data();

@@ -1,28 +1,54 @@
-// Uniform weights, portable half: the definition in plain loops, and the entry points that choose vector code where it serves.
+// Uniform weights: as rows of codes where they are decoded, and by the vector code of their own where few rows of x are
+// multiplied and that code serves.
 #include "uniform.h"
 
-#include <algorithm>
 #include <cmath>
-#include <vector>
+
+#include "rows.h"
 
 namespace lrec {
 namespace {
 
-void decode_row(const LrecUniform& w, int64_t n, float* grid, float* out) {
-    const int64_t G = num_groups(w);
-    row_grid(w, n, grid, grid + G);
-#ifdef LREC_X86
-    if (cpu() != Cpu::PORTABLE && avx2::serves(w)) return avx2::decode_row(w, n, grid, grid + G, out);
-#endif
-    decode_columns(w, n, grid, grid + G, 0, w.K, out);
-}
+constexpr float CODES[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// Levels are the codes, moved by the zero and then scaled: in this order, as in `unpack`, so that the bits agree.
+class Reader {
+public:
+    Reader(const LrecUniform& w, int64_t) : w(w), G(num_groups(w)), scale(G), zero(G), runs(G) {
+        for (int64_t g = 0; g < G; g++) runs[g] = {std::min(w.K, (g + 1) * w.group_size), CODES, 0.0f};
+    }
+
+    Row row(int64_t n) {
+        machine().floats(w.scale, n * G, G, scale.data());
+        load_zeros(n);
+        for (int64_t g = 0; g < G; g++) runs[g].scale = scale[g], runs[g].shift = -zero[g];
+        prefetch_ahead(row_codes(w, n), 4 * row_words(w));
+        return {row_codes(w, n), runs.data(), w.K, int(w.bits)};
+    }
+
+private:
+    void load_zeros(int64_t n) {
+        if (w.zero.kind == LREC_NONE) return std::fill(zero.begin(), zero.end(), float(1 << (w.bits - 1)));
+        if (w.zero.kind != LREC_CODES) return machine().floats(w.zero, n * G, G, zero.data());
+        const uint32_t* words = static_cast<const uint32_t*>(w.zero.data);
+        for (int64_t g = 0, count = ceil_div(w.N, 32) * w.bits; g < G; g++) zero[g] = float(code_at(words + g * count, n, int(w.bits)));
+    }
+
+    const LrecUniform& w;
+    const int64_t G;
+    std::vector<float> scale, zero;
+    std::vector<Run> runs;
+};
 
 #ifdef LREC_X86
+// The lanes of a block are whole groups, or there is one group.
+bool serves(const LrecUniform& w) { return w.group_size % 16 == 0 || w.group_size >= w.K; }
+
 bool use_vnni() { return cpu() == Cpu::AVX512 && __builtin_cpu_supports("avx512vnni"); }
 
 // The product by vectors; false if that does not serve.
 bool gemv_vectors(const LrecUniform& w, const Gemv& kernel, const float* x, int64_t T, int64_t ldx, float* y, int64_t ldy, int32_t threads) {
-    if (cpu() == Cpu::PORTABLE || !avx2::serves(w)) return false;
+    if (cpu() == Cpu::PORTABLE || !serves(w)) return false;
     for (int64_t t = 0, rows; t < T; t += rows) {
         rows = T - t >= 4 ? 4 : T - t >= 2 ? 2 : 1;
         std::vector<char> prepared(kernel.prepared_bytes(w, rows));
@@ -41,35 +67,6 @@ bool gemv_vectors(const LrecUniform& w, const Gemv& kernel, const float* x, int6
 
 }  // namespace
 
-void row_grid(const LrecUniform& w, int64_t n, float* scale, float* zero) {
-    const int64_t G = num_groups(w);
-    const int64_t zero_words = ceil_div(w.N, 32) * w.bits;
-    for (int64_t g = 0; g < G; g++) scale[g] = stored_float(w.scale, n * G + g);
-    for (int64_t g = 0; g < G; g++) {
-        if (w.zero.kind == LREC_NONE) zero[g] = float(1 << (w.bits - 1));
-        else if (w.zero.kind == LREC_CODES) zero[g] = float(code_at(static_cast<const uint32_t*>(w.zero.data) + g * zero_words, n, int(w.bits)));
-        else zero[g] = stored_float(w.zero, n * G + g);
-    }
-}
-
-void decode_columns(const LrecUniform& w, int64_t n, const float* scale, const float* zero, int64_t first, int64_t last, float* out) {
-    const uint32_t* codes = row_codes(w, n);
-    for (int64_t k = first; k < last;) {
-        const int64_t g = k / w.group_size;
-        const int64_t end = std::min(last, (g + 1) * w.group_size);
-        for (; k < end; k++) out[k - first] = (float(code_at(codes, k, int(w.bits))) - zero[g]) * scale[g];
-    }
-}
-
-float dot(const float* a, const float* b, int64_t K) {
-    float sums[8] = {};
-    int64_t k = 0;
-    for (; k + 8 <= K; k += 8)
-        for (int i = 0; i < 8; i++) sums[i] += a[k + i] * b[k + i];
-    for (; k < K; k++) sums[k & 7] += a[k] * b[k];
-    return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
-}
-
 float int8_step(const float* x, int64_t size) {
     float most = 0;
     for (int64_t i = 0; i < size; i++) {
@@ -84,27 +81,14 @@ float int8_step(const float* x, int64_t size) {
 using namespace lrec;
 
 extern "C" void lrec_uniform_decode(const LrecUniform* w, int64_t first, int64_t last, float* out, int32_t threads) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        std::vector<float> grid(2 * num_groups(*w));
-#pragma omp for schedule(static)
-        for (int64_t n = first; n < last; n++) decode_row(*w, n, grid.data(), out + (n - first) * w->K);
-    }
+    decode_rows<Reader>(*w, first, last, out, threads);
 }
 
 extern "C" void lrec_uniform_gemv(const LrecUniform* w, const float* x, int64_t T, int64_t ldx, float* y, int64_t ldy, int32_t threads) {
 #ifdef LREC_X86
     if (gemv_vectors(*w, cpu() == Cpu::AVX512 ? avx512::exact(int(w->bits)) : avx2::exact(int(w->bits)), x, T, ldx, y, ldy, threads)) return;
 #endif
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        std::vector<float> grid(2 * num_groups(*w)), row(w->K);
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < w->N; n++) {
-            decode_row(*w, n, grid.data(), row.data());
-            for (int64_t t = 0; t < T; t++) y[t * ldy + n] = dot(x + t * ldx, row.data(), w->K);
-        }
-    }
+    multiply_rows<Reader>(*w, x, T, ldx, y, ldy, threads);
 }
 
 extern "C" void lrec_uniform_gemv_int8(const LrecUniform* w, const float* x, int64_t T, int64_t ldx, float* y, int64_t ldy, int32_t threads) {

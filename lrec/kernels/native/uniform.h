@@ -1,4 +1,4 @@
-// Between the portable and the vector half of the uniform kernels.
+// What the files of the uniform kernels share.
 #pragma once
 #include "numbers.h"
 
@@ -7,15 +7,6 @@ namespace lrec {
 inline int64_t num_groups(const LrecUniform& w) { return ceil_div(w.K, w.group_size); }
 inline int64_t row_words(const LrecUniform& w) { return ceil_div(w.K, 32) * w.bits; }
 inline const uint32_t* row_codes(const LrecUniform& w, int64_t n) { return w.qweight + n * row_words(w); }
-
-// Scales and zeros of row n as floats: G of each.
-void row_grid(const LrecUniform& w, int64_t n, float* scale, float* zero);
-
-// out[k - first] = w[n, k] for first <= k < last; any group size.
-void decode_columns(const LrecUniform& w, int64_t n, const float* scale, const float* zero, int64_t first, int64_t last, float* out);
-
-// sum_k a[k] b[k], in eight partial sums.
-float dot(const float* a, const float* b, int64_t K);
 
 // Activations rounded to int8 in blocks: x ~ step * round(x / step), step = max |x| / 127, NaN if x is not finite.
 inline int64_t int8_block(int bits) { return 32 * 8 / bits; }  // 32 bytes of codes
@@ -37,12 +28,6 @@ inline int64_t grid_stride(const LrecUniform& w) { return num_groups(w) + 16; }
 inline int64_t scratch_size(const LrecUniform& w) { return 2 * CHUNK * grid_stride(w); }
 
 namespace avx2 {
-
-// Whether the vector code serves this group size; callers take the portable functions if not.
-bool serves(const LrecUniform& w);
-
-// Row n by the definition, all K columns.
-void decode_row(const LrecUniform& w, int64_t n, const float* scale, const float* zero, float* out);
 
 Gemv exact(int bits);
 Gemv int8(int bits);  // 2 and 4 bits

@@ -5,6 +5,9 @@ struct Vector {
     __m256 v;
     static inline Vector zero() { return {_mm256_setzero_ps()}; }
     static inline Vector load(const float* from) { return {_mm256_loadu_ps(from)}; }
+    static inline Vector load_half(const uint16_t* from) {
+        return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
+    }
     inline void store(float* to) const { _mm256_storeu_ps(to, v); }
     inline void fma(Vector a, Vector b) { v = _mm256_fmadd_ps(a.v, b.v, v); }
     inline void add(Vector a) { v = _mm256_add_ps(v, a.v); }

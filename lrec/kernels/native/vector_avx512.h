@@ -5,6 +5,9 @@ struct Vector {
     __m512 v;
     static inline Vector zero() { return {_mm512_setzero_ps()}; }
     static inline Vector load(const float* from) { return {_mm512_loadu_ps(from)}; }
+    static inline Vector load_half(const uint16_t* from) {
+        return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
+    }
     inline void store(float* to) const { _mm512_storeu_ps(to, v); }
     inline void fma(Vector a, Vector b) { v = _mm512_fmadd_ps(a.v, b.v, v); }
     inline void add(Vector a) { v = _mm512_add_ps(v, a.v); }
