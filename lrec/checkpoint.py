@@ -17,6 +17,8 @@ from torch import Tensor, nn
 MANIFEST = "lrec_manifest.json"
 ADAPTER_STAMP = "lrec_adapter.json"
 STAMP_KEY = "lrec_adapter"  # of the metadata in the header of an adapter's weights
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE_TENSORS = "base_tensors.safetensors"  # scales and zeros that were trained, see lrec.trained
 FORMAT_VERSION = 1
 
 
@@ -182,7 +184,7 @@ def read_stamp(adapter_dir: Path) -> dict:
     """What an adapter directory tells of the base it was made for, empty if nothing."""
     if (adapter_dir / ADAPTER_STAMP).exists():
         return read_json(adapter_dir / ADAPTER_STAMP)
-    weights = adapter_dir / "adapter_model.safetensors"
+    weights = adapter_dir / ADAPTER_WEIGHTS
     if not weights.exists():
         return {}
     with open_tensors(weights) as file:
@@ -197,9 +199,16 @@ def packed_sha256(base: nn.Module) -> str | None:
 
 
 def weights_bytes(directory: Path) -> int:
-    """Bytes on disk of a model's weight files, or of an adapter's."""
-    adapter = Path(directory) / "adapter_model.safetensors"
-    return sum(p.stat().st_size for p in ([adapter] if adapter.exists() else weight_files(Path(directory))))
+    """Bytes on disk of a model's weight files, or of an adapter's and the scales and zeros trained with it."""
+    named = [Path(directory) / name for name in (ADAPTER_WEIGHTS, BASE_TENSORS)]
+    found = [path for path in named if path.exists()]
+    return sum(path.stat().st_size for path in found or weight_files(Path(directory)))
+
+
+def adapter_bytes(directory: Path) -> int:
+    """Bytes on disk of an adapter's own weights: trained scales and zeros take the place of the base's."""
+    path = Path(directory) / ADAPTER_WEIGHTS
+    return path.stat().st_size if path.exists() else 0
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lrec import assembly, checkpoint, load, memory, offload, stream, text
+from lrec import assembly, checkpoint, load, memory, offload, stream, text, trained
 from lrec.cache import TargetCache
 from lrec.capture import Capture, CaptureSettings
 from lrec.meter import Meter
@@ -19,7 +19,7 @@ WORKING_CACHE = "teacher_cache"  # in the adapter's directory while it is traine
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Text, Place):
-    """`lrec train`: a LoRA that corrects the quantization error, trained by KL to the teacher."""
+    """`lrec train`: a LoRA, scales and zeros that correct the quantization error, trained by KL to the teacher."""
 
     model: str = field(metadata={"help": "packed model"})
     output_dir: str = field(metadata={"help": "new directory for the adapter"})
@@ -27,6 +27,10 @@ class Train(Text, Place):
     teacher_cache: str | None = setting(None, "what `lrec cache` made of that model and these windows, in its place")
     teacher_targets: Literal["live", "hidden", "topk"] = setting(
         "live", "without a cache: the teacher in memory, or first cached in output_dir and then away"
+    )
+    train: str = setting("adapters", "what learns: adapters, scales, zeros, some of them parted by commas, or all")
+    scale_bits: int | None = setting(
+        None, "bits in which trained scales and zeros are stored at the end: 8 or 16 (none: as many as the base's)"
     )
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: int | None = setting(None, "LoRA alpha; the update is scaled by alpha / r (none: alpha = r)")
@@ -69,7 +73,7 @@ class Train(Text, Place):
             teacher = LiveTeacher(load.model(self.teacher, None, self.device, self.dtype))
         else:
             teacher = CachedTeacher(cache, base)
-        model = self.adapted(base, config.gradient_checkpointing)
+        model = self.trainable(base, config.gradient_checkpointing)
         trainer = LrecTrainer(
             model=model,
             args=config,
@@ -78,6 +82,7 @@ class Train(Text, Place):
             train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
         )
         result = trainer.train(resume_from_checkpoint=self.start_from(config.resume_from_checkpoint))
+        trained.settle(model, self.scale_bits)
         trainer.save_model(self.output_dir)
         history = [
             {k: row[k] for k in ("step", "loss", "kl", "ce", "hidden", "learning_rate") if k in row}
@@ -86,7 +91,8 @@ class Train(Text, Place):
         ]
         report = self.report(model, result, history) | memory.told(self, model, teacher, config, meter)
         if trainer.is_world_process_zero():
-            halve(Path(self.output_dir) / "adapter_model.safetensors")
+            if "adapters" in trained.kinds_of(self.train):
+                halve(Path(self.output_dir) / "adapter_model.safetensors")
             checkpoint.write_json(Path(self.output_dir) / checkpoint.ADAPTER_STAMP, report)
             shutil.rmtree(Path(self.output_dir) / WORKING_CACHE, ignore_errors=True)
         return report
@@ -143,12 +149,23 @@ class Train(Text, Place):
         """The modules that get adapters, as peft takes them."""
         return "all-linear" if self.lora_target_modules == "all-linear" else self.lora_target_modules.split(",")
 
-    def adapted(self, base, gradient_checkpointing: bool):
+    def trainable(self, base, gradient_checkpointing: bool):
+        """The base, prepared, with what `train` names ready to learn."""
+        from lrec import prepare_model_for_training
+
+        kinds = trained.kinds_of(self.train)
+        model = prepare_model_for_training(base, use_gradient_checkpointing=gradient_checkpointing)
+        if "adapters" in kinds:
+            model = self.adapted(model)
+        trained.start(model, kinds)
+        return model
+
+    def adapted(self, base):
         """The base under new trainable adapters, started as `lora_init` says."""
         import torch
         from peft import LoraConfig, get_peft_model
 
-        from lrec import lowrank, prepare_model_for_training
+        from lrec import lowrank
 
         peft_config = LoraConfig(
             r=self.lora_r,
@@ -158,7 +175,6 @@ class Train(Text, Place):
             task_type="CAUSAL_LM",
         )
         torch.manual_seed(self.seed)
-        base = prepare_model_for_training(base, use_gradient_checkpointing=gradient_checkpointing)
         model = get_peft_model(base, peft_config)
         if self.lora_init == "closed_form":
             factors = text.model_path(self.model) / assembly.LOWRANK
@@ -177,12 +193,14 @@ class Train(Text, Place):
         """What the adapter was made for and how: its stamp."""
         import torch
 
+        kinds, changed = trained.kinds_of(self.train), trained.tensors(model)
         return {
             "base_model": self.model,
             "teacher": self.teacher or self.teacher_cache,
-            "packed_sha256": checkpoint.packed_sha256(model.get_base_model()),
-            "lora_r": self.lora_r,
-            "lora_init": self.lora_init,
+            "packed_sha256": checkpoint.packed_sha256(trained.base_of(model)),
+            **({"base_tensors_sha256": checkpoint.tensors_hash(changed)} if changed else {}),
+            "train": ",".join(kinds),
+            **({"lora_r": self.lora_r, "lora_init": self.lora_init} if "adapters" in kinds else {}),
             "dataset": self.dataset,
             "num_steps": result.global_step,
             "loss": result.training_loss,

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lrec import checkpoint, text
+from lrec import checkpoint, text, trained
 
 
 def quiet() -> None:
@@ -73,11 +73,15 @@ def model(name: str, adapter: str | None = None, device: str = "auto", dtype: st
 
 
 def with_adapter(base: nn.Module, adapter: str) -> nn.Module:
-    """The peft model of a base and a saved adapter. Raises ValueError if the adapter was made for another base."""
+    """A base under what `lrec train` saved: the peft model of it, or the base itself where scales and zeros alone were
+    trained. Raises ValueError if they were made for another base."""
     from peft import PeftModel
 
     path = Path(adapter)
     if not (path / "adapter_config.json").is_file():
-        raise ValueError(f"{path} is not a peft adapter: it has no adapter_config.json")
+        if not (path / checkpoint.BASE_TENSORS).is_file():
+            raise ValueError(f"{path} is not a peft adapter: it has no adapter_config.json")
+        trained.load(base, path, checkpoint.check_stamp(path, checkpoint.packed_sha256(base)))
+        return base
     checkpoint.check_stamp(path, checkpoint.packed_sha256(base))
     return PeftModel.from_pretrained(base, path)

@@ -1,22 +1,31 @@
-"""The LoRA weights of a peft repository, read without peft and without the base model."""
+"""What `lrec train` saved, read without peft and without the base model: LoRA weights, trained scales and zeros."""
 
 import math
 from pathlib import Path
 
 from torch import Tensor
 
-from lrec import checkpoint
+from lrec import checkpoint, trained
+from lrec.formats import Packed
 
 
 class LoraFiles:
-    """The pairs of A and B by layer, their `rank`, and the `scaling` of their product.
+    """The pairs of A and B by layer, their `rank` (0 without any) and the `scaling` of their product; and the tensors
+    of the base that were trained, `fields`, by layer.
 
     Raises ValueError for an adapter that is not plain LoRA, or whose stamp names other packed weights.
     """
 
     def __init__(self, directory: Path, packed_sha256: str | None):
         self.directory = directory
-        checkpoint.check_stamp(directory, packed_sha256)
+        self.fields = trained.read(directory, checkpoint.check_stamp(directory, packed_sha256))
+        self.tensors: dict[str, Tensor] = {}
+        self.used: set[str] = set()
+        self.rank, self.scaling = 0, 1.0
+        if not self.fields or (directory / "adapter_config.json").exists():
+            self._read_pairs(directory)
+
+    def _read_pairs(self, directory: Path) -> None:
         config = checkpoint.read_json(directory / "adapter_config.json")
         odd = [
             key
@@ -30,9 +39,13 @@ class LoraFiles:
             )
         self.rank = config["r"]
         self.scaling = config["lora_alpha"] / (math.sqrt(self.rank) if config.get("use_rslora") else self.rank)
-        with checkpoint.open_tensors(directory / "adapter_model.safetensors") as file:
+        with checkpoint.open_tensors(directory / checkpoint.ADAPTER_WEIGHTS) as file:
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is not a dict)
-        self.used: set[str] = set()
+
+    def packed(self, layer: str, packed: Packed) -> Packed:
+        """A layer's weight with the scales and zeros that were trained; the same if none were."""
+        self.used.add(f"fields of {layer}")
+        return trained.updated(layer, packed, self.fields[layer]) if layer in self.fields else packed
 
     def pair(self, layer: str) -> tuple[Tensor, Tensor] | None:
         """(A, B), (R, K) and (N, R) as stored, for a layer, or None if it is not adapted."""
@@ -49,6 +62,6 @@ class LoraFiles:
 
     def check_used(self, model_dir: Path) -> None:
         """Raises ValueError naming layers that are adapted, but that no `pair` or `delta` was asked for."""
-        unused = sorted(set(self.tensors) - self.used)
+        unused = sorted({*self.tensors, *(f"fields of {layer}" for layer in self.fields)} - self.used)
         if unused:
             raise ValueError(f"{self.directory} adapts layers that {model_dir} does not have: {', '.join(unused[:4])}")

@@ -116,7 +116,7 @@ class Recipe:
             model = load.model(name, lora)
             states = evaluate.states(model, ids, desc=stage)
             teacher = teacher or (states := states.kept())
-            added = checkpoint.weights_bytes(Path(lora)) if lora else 0
+            added = checkpoint.adapter_bytes(Path(lora)) if lora else 0
             bits = evaluate.bits_per_weight(model, added) or 16.0
             size = {"bits_per_weight": bits, "bytes": total_bytes(name, lora), "seconds": time}
             rows.append({"model": stage, **evaluate.quality(states, ids, teacher), **size})

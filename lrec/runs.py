@@ -129,7 +129,7 @@ class Evaluate(Text, Place):
             teacher = load.model(self.teacher, None, self.device, self.dtype)
             targets = evaluate.states(teacher, ids, self.batch_size, "teacher")
         found = evaluate.quality(evaluate.states(model, ids, self.batch_size), ids, targets, self.batch_size)
-        added = checkpoint.weights_bytes(Path(self.adapter)) if self.adapter else 0
+        added = checkpoint.adapter_bytes(Path(self.adapter)) if self.adapter else 0
         size = {
             "bits_per_weight": evaluate.bits_per_weight(model, added),
             "total_bytes": total_bytes(self.model, self.adapter),

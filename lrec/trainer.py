@@ -9,14 +9,17 @@ also sends an anonymous usage count unless HF_HUB_DISABLE_TELEMETRY=1 or HF_HUB_
 import math
 import warnings
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
+from lrec import trained
 from lrec.cpu_embeddings import keep_on_cpu
 from lrec.head import Head, output_layer, verify_head
 from lrec.losses import DIVERGENCES, Objective, divergence, shift_labels
@@ -52,6 +55,10 @@ class LrecConfig(StepConfig):
         default=None, metadata={"help": "Tokens whose logits are made at once (none: 12 MB of them)."}
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "The peak learning rate of the adapters."})
+    scales_learning_rate: float = field(
+        default=1e-3,
+        metadata={"help": "That of trained scales and zeros, as a share of their size (root mean square) per step."},
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up, in steps, or below 1 as a share of them."})
     resume_from_checkpoint: bool | str | None = field(
@@ -148,19 +155,36 @@ class LrecTrainer(SFTTrainer):
         return (loss, means) if return_outputs else loss
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """The optimizer that `optim` names. It steps one parameter at a time, see `lrec.optimizers`, if gradients are
-        applied in backward or adapters are in bfloat16."""
+        """The optimizer that `optim` names; trained scales and zeros have rates of their own. It steps one parameter at
+        a time, see `lrec.optimizers`, if gradients are applied in backward or adapters are in bfloat16."""
         optimizer = super().create_optimizer(model)
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        if self.args.fused_backward or any(p.dtype == torch.bfloat16 for p in trained):
+        own = trained.parameter_groups(self.model, self.args.scales_learning_rate)
+        taken = {id(p) for group in own for p in group["params"]}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in taken]
+        for group in own:
+            optimizer.add_param_group(group)
+        if self.args.fused_backward or any(
+            p.dtype == torch.bfloat16 for p in self.model.parameters() if p.requires_grad
+        ):
             self.optimizer = OneByOne(optimizer)
             if self.args.fused_backward:
                 self.optimizer.fuse()
         return self.optimizer
 
-    def _load_from_checkpoint(self, *args, **kwargs) -> None:
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        # Of a base without adapters only what was trained is saved.
+        if isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            trained.save(self.model, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if not isinstance(self.model, PeftModel):
+            trained.load(self.model, Path(resume_from_checkpoint))
+            return
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        super()._load_from_checkpoint(*args, **kwargs)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
         # peft widens adapters that it loads to float32.
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])
@@ -205,7 +229,7 @@ class LrecTrainer(SFTTrainer):
     def _check_trainable(self) -> None:
         if any(p.requires_grad for p in output_layer(self.model).parameters()):
             raise ValueError(
-                "the head is trainable, but only adapters are trained: pass peft_config=, or freeze the base"
+                "the head is trainable, but only adapters, scales and zeros are: pass peft_config=, or freeze the base"
             )
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError("nothing is trainable: pass peft_config=, or a peft model loaded with is_trainable=True")

@@ -14,7 +14,7 @@ FLOORS = [
     "grid kernels statistics",
     "quantizers nn",
     "lora",
-    "anatomy cache checkpoint cpu_embeddings embeddings head losses lowrank optimizers teacher text topk ggml",
+    "anatomy cache checkpoint cpu_embeddings embeddings head losses lowrank optimizers teacher text topk trained ggml",
     "integrations",
     "stream load assembly allocation sweep blockwise meter forward step ends shapes rehearsal offload lora_files",
     "blocks capture trainer evaluate export report bench memory pass_memory estimate rewrite fold imports",

@@ -7,6 +7,7 @@ whenever peft loads the adapter onto a packed model.
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lrec import checkpoint
+from lrec import checkpoint, trained
 from lrec.export import Export
 from lrec.options import setting
 
@@ -37,6 +38,8 @@ class Adapter(Export):
             )
         base = checkpoint.read_json(model_dir / "config.json").get("quantization_config", {}).get("meta", {})
         stamp = checkpoint.check_stamp(adapter_dir, base.get("packed_sha256"))
+        if trained.read(adapter_dir, stamp):
+            shutil.copyfile(adapter_dir / checkpoint.BASE_TENSORS, output_dir / checkpoint.BASE_TENSORS)
         config = checkpoint.read_json(adapter_dir / "adapter_config.json")
         name, revision = origin(model_dir)
         if self.base is not None:
