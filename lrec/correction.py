@@ -54,6 +54,7 @@ class Train(Text, Place):
 
         from lrec.trainer import LrecTrainer
 
+        trained.kinds_of(self.train)
         found = {path.name for path in Path(self.output_dir).glob("*")} - {WORKING_CACHE}
         if found and not config.resume_from_checkpoint:
             raise ValueError(

@@ -126,6 +126,7 @@ def save(model: nn.Module, directory: Path) -> None:
     """Writes what was trained, if anything, in float32 while it is trained and as the format stores it afterwards."""
     changed = tensors(model)
     if changed:
+        Path(directory).mkdir(parents=True, exist_ok=True)
         checkpoint.write_tensors(Path(directory) / checkpoint.BASE_TENSORS, changed)
 
 

@@ -154,7 +154,8 @@ class Uniform(Packed):
             wide = {"scale": self.scales()} | wide
         if self.zero is not None and self.zero.dtype == torch.uint8:
             wide = {"zero": self.zeros()} | wide
-        return self.updated(wide)
+        # Kernels read rows; packed zeros are decoded by columns.
+        return self.updated({name: tensor.contiguous() for name, tensor in wide.items()})
 
     def narrowed(self, fields: Sequence[str], spec: dict, scale_bits: int | None) -> "Uniform":
         """See `Packed.narrowed`: 8 bits if that is what the scales had or is asked for, else float16. Zeros that were
