@@ -9,6 +9,7 @@ from typing import Literal
 from lrec import assembly, checkpoint, load, memory, offload, stream, text, trained
 from lrec.cache import TargetCache
 from lrec.capture import Capture, CaptureSettings
+from lrec.learning import Learning
 from lrec.meter import Meter
 from lrec.options import setting
 from lrec.runs import Place, Text
@@ -18,7 +19,7 @@ WORKING_CACHE = "teacher_cache"  # in the adapter's directory while it is traine
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Text, Place):
+class Train(Learning, Text, Place):
     """`lrec train`: a LoRA, scales and zeros that correct the quantization error, trained by KL to the teacher."""
 
     model: str = field(metadata={"help": "packed model"})
@@ -28,20 +29,10 @@ class Train(Text, Place):
     teacher_targets: Literal["live", "hidden", "topk"] = setting(
         "live", "without a cache: the teacher in memory, or first cached in output_dir and then away"
     )
-    train: str = setting("adapters", "what learns: adapters, scales, zeros, some of them parted by commas, or all")
-    scale_bits: int | None = setting(
-        None, "bits in which trained scales and zeros are stored at the end: 8 or 16 (none: as many as the base's)"
+    eval_dataset: str | None = setting(
+        None, "held-out text to keep the best checkpoint by, every --eval_steps (none: windows of the dataset)"
     )
-    lora_r: int = setting(16, "rank of the adapters")
-    lora_alpha: int | None = setting(None, "LoRA alpha; the update is scaled by alpha / r (none: alpha = r)")
-    lora_dropout: float = setting(0.0, "dropout before the adapters")
-    lora_target_modules: str = setting("all-linear", "all-linear, or comma-separated names")
-    lora_init: Literal["closed_form", "zero"] = setting(
-        "closed_form", "start from the factors stored with the packed model, or from zero"
-    )
-    lora_dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "dtype of the adapters; bfloat16 ones are updated with stochastic rounding"
-    )
+    eval_samples: int = setting(8, "held-out windows")
     seed: int = setting(0, "of the choice and order of windows and of the adapters")
     stream_weights: bool = setting(False, "packed weights stay on disk and visit the device one block at a time")
     lean_malloc: bool = setting(
@@ -50,6 +41,7 @@ class Train(Text, Place):
 
     def run(self, config) -> dict:
         """Trains under `config`, a LrecConfig; the report. Raises ValueError if the parts do not fit together."""
+        import torch
         from datasets import Dataset
 
         from lrec.trainer import LrecTrainer
@@ -64,8 +56,8 @@ class Train(Text, Place):
         tokenizer = load.tokenizer(self.model)
         if self.teacher:
             check_tokenizers(load.tokenizer(self.teacher), tokenizer)
-        ids = self.windows(tokenizer, config)
-        cache = self.cached(tokenizer, ids)
+        ids, held_out = self.held_out(tokenizer, self.windows(tokenizer, config), config)
+        cache = self.cached(tokenizer, torch.cat([ids, held_out]))
         if self.lean_malloc:
             stream.lean_malloc()
         meter = Meter(load.device_of(self.device))
@@ -81,16 +73,13 @@ class Train(Text, Place):
             teacher=teacher,
             processing_class=tokenizer,
             train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
+            eval_dataset=Dataset.from_dict({"input_ids": held_out.tolist()}) if len(held_out) else None,
         )
         result = trainer.train(resume_from_checkpoint=self.start_from(config.resume_from_checkpoint))
         trained.settle(model, self.scale_bits)
         trainer.save_model(self.output_dir)
-        history = [
-            {k: row[k] for k in ("step", "loss", "kl", "ce", "hidden", "learning_rate") if k in row}
-            for row in trainer.state.log_history
-            if "loss" in row
-        ]
-        report = self.report(model, result, history) | memory.told(self, model, teacher, config, meter)
+        report = self.report(model, result, history(trainer)) | evaluations(trainer)
+        report |= memory.told(self, model, teacher, config, meter)
         if trainer.is_world_process_zero():
             if "adapters" in trained.kinds_of(self.train):
                 halve(Path(self.output_dir) / "adapter_model.safetensors")
@@ -109,13 +98,33 @@ class Train(Text, Place):
             return None
         return str(whole[-1])
 
+    def held_out(self, tokenizer, ids, config) -> tuple:
+        """Training windows and held-out ones; none of these unless there are evaluations. Warns if they share text.
+
+        Raises ValueError for evaluations without steps between them, or for too few windows to hold some out."""
+        if self.eval_dataset is not None and not config.eval_steps:
+            raise ValueError("--eval_dataset is read every --eval_steps, but none are given; give some")
+        if not config.eval_steps:
+            return ids, ids[:0]
+        if self.eval_dataset is None:
+            if len(ids) <= self.eval_samples:
+                raise ValueError(
+                    f"{len(ids)} windows of {self.dataset} leave none to train on beside {self.eval_samples} held out; "
+                    "take more text, shorter windows, fewer --eval_samples, or name --eval_dataset"
+                )
+            return ids[: -self.eval_samples], ids[-self.eval_samples :]
+        held_out = replace(self, dataset=self.eval_dataset, num_samples=self.eval_samples).input_ids(tokenizer, None)
+        text.warn_overlap(ids, held_out, f"{self.dataset} (training)", f"{self.eval_dataset} (held out)")
+        return ids, held_out
+
     def windows(self, tokenizer, config):
         """The training windows; where they must be cached first, no more of them than the steps will see."""
         ids = self.input_ids(tokenizer, self.seed)
         seen = config.max_steps * config.train_batch_size * config.gradient_accumulation_steps * config.world_size
         if self.teacher_cache or self.teacher_targets == "live" or self.num_samples or not 0 < seen < len(ids):
             return ids
-        return replace(self, num_samples=seen).input_ids(tokenizer, self.seed)
+        held_out = self.eval_samples if config.eval_steps and self.eval_dataset is None else 0
+        return replace(self, num_samples=min(seen + held_out, len(ids))).input_ids(tokenizer, self.seed)
 
     def cached(self, tokenizer, ids) -> TargetCache | None:
         """The teacher's cache, made now if `teacher_targets` says so; None if the teacher is to be in memory.
@@ -207,8 +216,22 @@ class Train(Text, Place):
             "loss": result.training_loss,
             "seconds": round(result.metrics["train_runtime"], 2),
             "torch": torch.__version__,
+            **({"diverged": result.metrics["diverged"]} if "diverged" in result.metrics else {}),
             "history": history,
         }
+
+
+def history(trainer) -> list[dict]:
+    """What the trainer logged of its loss, a row each time."""
+    told = ("step", "loss", "kl", "ce", "hidden", "learning_rate")
+    return [{k: row[k] for k in told if k in row} for row in trainer.state.log_history if "loss" in row]
+
+
+def evaluations(trainer) -> dict:
+    """What the trainer found on held-out text, a row each time, if anything."""
+    told = ("step", "eval_loss", "eval_kl")
+    rows = [{k: row[k] for k in told if k in row} for row in trainer.state.log_history if "eval_loss" in row]
+    return {"evaluations": rows} if rows else {}
 
 
 def whole_checkpoints(directory: Path) -> list[Path]:

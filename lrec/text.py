@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -114,6 +115,26 @@ def windows(
     if seed is None:
         return cut[torch.arange(num_samples) * num_windows // num_samples]
     return cut[torch.randperm(num_windows, generator=torch.Generator().manual_seed(seed))[:num_samples]]
+
+
+def overlap(seen_BL: Tensor, held_out_BL: Tensor, run: int = 24) -> float:
+    """The share of the runs of `run` tokens in the held-out windows that the seen windows contain too, in any place.
+
+    Runs are told apart by a polynomial modulo 2^64 in their tokens, whose collisions do not matter to a share."""
+    run = min(run, seen_BL.shape[1], held_out_BL.shape[1])
+    base = torch.full((run,), 6364136223846793005).cumprod(0)  # wraps around
+    seen, held_out = ((ids.long().unfold(1, run, 1) * base).sum(-1).unique() for ids in (seen_BL, held_out_BL))
+    return float(torch.isin(held_out, seen).double().mean())
+
+
+def warn_overlap(seen_BL: Tensor, held_out_BL: Tensor, seen: str, held_out: str) -> None:
+    """Warns if more than one per cent of the held-out text was seen; the strings say whose text it is."""
+    share = overlap(seen_BL, held_out_BL)
+    if share > 0.01:
+        warnings.warn(
+            f"{share:.0%} of the text of {held_out} is also in {seen}: figures on it say little of other text",
+            stacklevel=2,
+        )
 
 
 def data_path(name: str, *split: str) -> Path:
