@@ -27,6 +27,11 @@ def write_json(path: Path, value) -> None:
     _replace(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Writes a .jsonl file atomically, a row a line."""
+    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises ValueError that names the file if it is missing, not JSON or not an object."""
     try:

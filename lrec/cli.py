@@ -14,6 +14,7 @@ from lrec import options, registry
 VERBS = {
     "quantize": "pack a full-precision model into 2, 3, 4 or 8 bits, one block at a time",
     "import": "take over a GPTQ, AWQ, compressed-tensors, bitsandbytes or GGUF checkpoint, bit for bit",
+    "sample": "draw training text from the teacher, in its chat template if it has one",
     "cache": "run a teacher over the training text once and keep its targets on disk",
     "train": "train an adapter that corrects the quantization error, by KL to the teacher",
     "compare": "a table of methods on one model and text, and a picture",
@@ -36,13 +37,22 @@ usage: lrec VERB [--setting value ...] [--config file.yaml] [--json]
 
 def quantize(values: dict) -> dict:
     """`lrec quantize`."""
+    from lrec import effort
     from lrec.blocks import PassSettings
     from lrec.restore import Preprocess
     from lrec.runs import Quantize
 
     quantizer = registry.find("quantizers", str(values.get("method", Quantize.method)))
-    run, method, settings, preprocess = options.fill(values, Quantize, quantizer, PassSettings, Preprocess)
+    parts = (Quantize, quantizer, PassSettings, Preprocess)
+    run, method, settings, preprocess = options.fill(effort.spend(values, *parts), *parts)
     return preprocess.run(run, method, settings)
+
+
+def sample(values: dict) -> dict:
+    """`lrec sample`."""
+    from lrec.sample import Sample
+
+    return options.fill(values, Sample)[0].run()
 
 
 def cache(values: dict) -> dict:
@@ -156,6 +166,7 @@ def help_text(verb: str | None, values: dict) -> str:
     from lrec import compare, correction, estimate, report, restore, runs
     from lrec.blocks import PassSettings
     from lrec.capture import CaptureSettings
+    from lrec.sample import Sample
 
     classes = {
         "quantize": lambda: (
@@ -165,6 +176,7 @@ def help_text(verb: str | None, values: dict) -> str:
             restore.Preprocess,
         ),
         "import": lambda: (runs.Import,),
+        "sample": lambda: (Sample,),
         "cache": lambda: (runs.Cache, CaptureSettings),
         "train": lambda: (correction.Train,),
         "compare": lambda: (compare.Compare,),

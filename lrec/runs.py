@@ -2,10 +2,12 @@
 to report. The command line and the recipes fill them."""
 
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from lrec import checkpoint, export, imports, load, machine, text
+from lrec import checkpoint, effort, export, imports, load, machine, text
 from lrec.blocks import Calibration, Pass, PassSettings
 from lrec.capture import Capture, CaptureSettings
 from lrec.options import setting
@@ -49,6 +51,9 @@ class Quantize(Text, Place):
     method: str = setting("gptq", "quantizer: one of the files in lrec/quantizers")
     num_samples: int | None = setting(128, "calibration windows")
     seed: int = setting(0, "of the choice of windows")
+    effort: Literal["quick", "standard", "max"] | None = setting(
+        None, "quick, standard or max: sets what is not set here by time, see lrec/effort.py (none: nothing)"
+    )
 
     def run(self, quantizer: Quantizer, settings: PassSettings | None = None, about: dict | None = None) -> dict:
         """Quantizes into `output_dir`; a run that was interrupted goes on. Returns the report.
@@ -57,6 +62,10 @@ class Quantize(Text, Place):
         """
         device = load.device_of(self.device)
         dtype = load.dtype_of(self.dtype, device)
+        if self.effort is not None:
+            tokens = {name: chosen["num_samples"] * self.max_length for name, chosen in effort.QUANTIZE.items()}
+            tokens[self.effort] = (self.num_samples or 0) * self.max_length
+            effort.check_fits(self.effort, self.model, tokens, quantizer.bits, self.device, Path(self.output_dir))
         calibration = self.calibration()
         trim()  # text and tokenizer go before the model comes
         streamed = StreamedModel(text.model_path(self.model), dtype, device)
@@ -122,6 +131,7 @@ class Evaluate(Text, Place):
         if self.teacher:
             check_tokenizers(load.tokenizer(self.teacher), tokenizer)
         ids = self.input_ids(tokenizer, None)
+        self.warn_of_seen_text()
         start = time.monotonic()
         model = load.model(self.model, self.adapter, self.device, self.dtype)
         targets = None
@@ -135,6 +145,15 @@ class Evaluate(Text, Place):
             "total_bytes": total_bytes(self.model, self.adapter),
         }
         return found | size | {"seconds": round(time.monotonic() - start, 2)}
+
+    def warn_of_seen_text(self) -> None:
+        """Warns if the text is what model or adapter were made with, as they tell."""
+        manifest = text.model_path(self.model) / checkpoint.MANIFEST
+        packed = checkpoint.read_json(manifest) if manifest.exists() else {}
+        stamp = checkpoint.read_stamp(Path(self.adapter)) if self.adapter else {}
+        seen = {"calibrated with": (packed.get("calibration") or {}).get("dataset"), "trained on": stamp.get("dataset")}
+        if found := " and ".join(how for how, dataset in seen.items() if dataset == self.dataset):
+            warnings.warn(f"the model was {found} {self.dataset}: figures on it say little of other text", stacklevel=2)
 
 
 @dataclass(frozen=True, kw_only=True)

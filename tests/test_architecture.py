@@ -19,8 +19,9 @@ FLOORS = [
     "integrations",
     "stream load assembly allocation sweep blockwise meter forward step ends shapes rehearsal offload lora_files",
     "blocks capture trainer evaluate export report bench memory pass_memory estimate rewrite fold imports",
-    "runs correction learning",
-    "recipe compare restore",
+    "effort learning",
+    "runs correction",
+    "recipe compare restore sample",
     "cli",
     "__main__",
 ]

@@ -120,3 +120,17 @@ def test_evaluations_that_cannot_be_are_refused(place, capsys):
     assert "64 windows of" in capsys.readouterr().err
     assert train(place, "X", "--eval_dataset", str(place / "other.txt"), "--eval_steps", "0") == 2
     assert "--eval_dataset is read every --eval_steps" in capsys.readouterr().err
+
+
+def test_evaluating_on_what_was_trained_on_is_told(place):
+    assert train(place, "plain", "--max_steps", "1", "--eval_steps", "0") == 0
+    where = ["--model", str(place / "Q2"), "--num_samples", "2", "--max_length", "16"]
+    told = {}
+    for name, adapter in (("text", ["--adapter", str(place / "plain")]), ("text", []), ("other", [])):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert main(["evaluate", *where, *adapter, "--dataset", str(place / f"{name}.txt")]) == 0
+        told[name, bool(adapter)] = [str(w.message) for w in caught if "figures on it" in str(w.message)]
+    assert "calibrated with and trained on" in told["text", True][0]
+    assert len(told["text", False]) == 1 and "trained on" not in told["text", False][0]
+    assert not told["other", False]
