@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from lrec.formats.uniform import SCALE_WIDTHS
 from lrec.options import setting
 
 
@@ -13,7 +14,7 @@ class Learning:
 
     train: str = setting("adapters", "what learns: adapters, scales, zeros, some of them parted by commas, or all")
     scale_bits: int | None = setting(
-        None, "bits in which trained scales and zeros are stored at the end: 8 or 16 (none: as many as the base's)"
+        8, "bits in which trained scales and zeros of uniform layers are stored: 8 or 16 (none: as many as the base's)"
     )
     lora_r: int = setting(16, "rank of the adapters")
     lora_alpha: int | None = setting(None, "LoRA alpha; the update is scaled by alpha / r (none: alpha = r)")
@@ -25,6 +26,10 @@ class Learning:
     lora_dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "dtype of the adapters; bfloat16 ones are updated with stochastic rounding"
     )
+
+    def __post_init__(self):
+        if self.scale_bits not in (None, *SCALE_WIDTHS):
+            raise ValueError(f"scale_bits = {self.scale_bits} is not offered; allowed: 8, 16, none")
 
     def learning(self) -> dict:
         """These settings by name, for another dataclass that has them."""

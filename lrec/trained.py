@@ -37,12 +37,13 @@ def layers_of(model: nn.Module) -> dict[str, PackedModule]:
 
 
 def start(model: nn.Module, kinds: tuple[str, ...]) -> None:
-    """Makes parameters of the scales or zeros of every packed linear layer that has some.
+    """Makes parameters of the scales or zeros of every packed linear layer that has some; the head stays frozen.
 
-    Raises ValueError if a kind that is named is in no layer, or if the packed weights are streamed from files.
+    Raises ValueError if a kind that is named is in no layer (of all `KINDS`, if none is), or if the packed weights are
+    streamed from files.
     """
-    wanted = [kind for kind in kinds if kind != "adapters"]
-    layers = {name: layer for name, layer in layers_of(model).items() if isinstance(layer, nn.Linear)}
+    wanted, head = [kind for kind in kinds if kind != "adapters"], output_of(model)
+    layers = {n: layer for n, layer in layers_of(model).items() if isinstance(layer, nn.Linear) and layer is not head}
     if not wanted:
         return
     if any(layer.visit is not None for layer in layers.values()):
@@ -50,15 +51,22 @@ def start(model: nn.Module, kinds: tuple[str, ...]) -> None:
             "--stream_weights reads scales and zeros anew from their files at each visit, so they cannot be trained; "
             "leave it out, or train adapters alone"
         )
-    for kind in wanted:
-        if not any(layer.packed.trainable([kind]) for layer in layers.values()):
-            raise ValueError(f"no layer has {kind} to train: {'; '.join(sorted(map(offer, layers.values())))}")
+    for asked in [wanted] if set(kinds) == set(KINDS) else [[kind] for kind in wanted]:
+        if not any(layer.packed.trainable(asked) for layer in layers.values()):
+            offers = "; ".join(sorted(set(map(offer, layers.values()))))
+            raise ValueError(f"no layer has {' or '.join(asked)} to train: {offers}")
     for layer in layers.values():
         if fields := layer.packed.trainable(wanted):
             before, layer.stored_spec, layer.changed = layer.packed.tensors(), layer.spec, set()
             layer.train_fields(fields)
             note_changes(layer, before)
     allow(model, {f"{name}.{field}" for name, layer in layers.items() for field in layer.trained})
+
+
+def output_of(model: nn.Module) -> nn.Module | None:
+    """The output head of a language model, None of any other module."""
+    base = base_of(model)
+    return base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
 
 
 def offer(layer: PackedModule) -> str:

@@ -159,9 +159,11 @@ class Uniform(Packed):
 
     def narrowed(self, fields: Sequence[str], spec: dict, scale_bits: int | None) -> "Uniform":
         """See `Packed.narrowed`: 8 bits if that is what the scales had or is asked for, else float16. Zeros that were
-        trained are no integers any more; those that were not stay as they are."""
-        if (scale_bits or (8 if spec["tensors"]["scale"][0] == "uint8" else 16)) == 16:
-            floats = ("scale", "zero") if spec["tensors"]["scale"][0] == "uint8" else fields
+        trained are no integers any more; those that were not stay as they are. Codes of 8 bits are finer than scales
+        of 8 bits, so they get float16."""
+        eight = spec["tensors"]["scale"][0] == "uint8"
+        if self.bits == 8 or (scale_bits or (8 if eight else 16)) == 16:
+            floats = ("scale", "zero") if eight else fields
             held = {name: getattr(self, name) for name in floats}
             return self.updated({n: t.half() for n, t in held.items() if t is not None and t.is_floating_point()})
         exponent = exponents(self.scales())

@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import lrec
 from lrec import checkpoint, load, trained
 from lrec.cli import main
 
@@ -63,7 +64,7 @@ def test_training_helps_and_the_report_counts_every_byte(place, name, capsys):
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     stored = sum(layer.packed.nbytes for layer in layers) + (added[1] if name == "A" else 0)
     assert after["bits_per_weight"] == 8 * stored / weights
-    assert all(layer.packed.zero.dtype == torch.float16 for layer in layers)
+    assert all(layer.packed.zero.dtype == layer.packed.scale.dtype == torch.uint8 for layer in layers)
 
 
 @pytest.mark.parametrize("name", ["S", "A"])
@@ -147,6 +148,17 @@ def test_damaged_and_foreign_tensors_are_refused(place, tmp_path):
     name = key.rpartition(".")[0]
     with pytest.raises(ValueError, match=rf"{name}: trained scale \[3, 3\] does not fit"):
         trained.updated(name, base.get_submodule(name).packed, {"scale": torch.ones(3, 3)})
+
+
+def test_packed_embeddings_and_head_stay_frozen_and_the_rest_is_known_to_ddp(place):
+    words = ["--bits", "2", "--group_size", "32", "--dataset", str(place / "text.txt"), "--quantize_embeddings", "8"]
+    assert main(["quantize", "--model", str(place / "M"), *words, *SHORT, "--output_dir", str(place / "E")]) == 0
+    model = lrec.prepare_model_for_training(load.model(str(place / "E")))
+    trained.start(model, trained.KINDS)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(learning) == 2 * 14 and all(name.startswith("model.layers.") for name in learning)
+    ignored = set(model._ddp_params_and_buffers_to_ignore)
+    assert not ignored & learning and {"lm_head.scale", "model.layers.0.mlp.up_proj.qweight"} <= ignored
 
 
 def test_streamed_weights_and_unknown_parts_are_refused(place, capsys):

@@ -180,6 +180,15 @@ def test_eight_bits_for_integer_zeros_that_were_trained():
     assert torch.equal(packed.unpack(), wide)
 
 
+def test_codes_of_eight_bits_keep_scales_of_sixteen():
+    model = torch.nn.Module()
+    model.layer = PackedLinear(uniform("int", bits=8))
+    trained.start(model, ("scales",))
+    exact = model.layer.weight
+    trained.settle(model, scale_bits=8)
+    assert model.layer.packed.scale.dtype == torch.float16 and torch.equal(model.layer.weight, exact)
+
+
 def test_what_cannot_be_trained_is_refused_by_the_name_of_its_format():
     for kind, name, told in (
         ("zeros", "symmetric", "uniform format with a symmetric grid offers scales"),
@@ -189,6 +198,9 @@ def test_what_cannot_be_trained_is_refused_by_the_name_of_its_format():
         model.layer = PackedLinear(MAKES[name]())
         with pytest.raises(ValueError, match=f"no layer has {kind} to train: the {told}"):
             trained.start(model, (kind,))
+    model.layer = PackedLinear(MAKES["symmetric"]())
+    trained.start(model, trained.KINDS)
+    assert model.layer.trained == ("scale",), "asked for all, what there is"
     with pytest.raises(ValueError, match="scales"):
         trained.kinds_of("adapters,scale")
     assert trained.kinds_of("all") == trained.KINDS and trained.kinds_of("zeros, scales") == ("scales", "zeros")
