@@ -59,7 +59,7 @@ class LrecConfig(StepConfig):
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "The peak learning rate of the adapters."})
     scales_learning_rate: float = field(
-        default=1e-3,
+        default=2e-3,
         metadata={"help": "That of trained scales and zeros, as a share of their size (root mean square) per step."},
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
