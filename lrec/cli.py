@@ -16,7 +16,7 @@ VERBS = {
     "import": "take over a GPTQ, AWQ, compressed-tensors, bitsandbytes or GGUF checkpoint, bit for bit",
     "sample": "draw training text from the teacher, in its chat template if it has one",
     "cache": "run a teacher over the training text once and keep its targets on disk",
-    "train": "train an adapter that corrects the quantization error, by KL to the teacher",
+    "train": "train an adapter: by KL to the teacher to correct the quantization error, or on the rows of a task",
     "compare": "a table of methods on one model and text, and a picture",
     "evaluate": "perplexity, KL to the teacher and top-1 agreement on held-out text",
     "export": "write what others can load: a peft adapter, a dense model, GPTQ ...",
@@ -73,11 +73,21 @@ def import_(values: dict) -> dict:
 
 def train(values: dict) -> dict:
     """`lrec train`."""
+    run, config = options.fill(values, *train_parts(values))
+    return run.run(config)
+
+
+def train_parts(values: dict) -> tuple[type, type]:
+    """What the settings of `lrec train` fill: the run and trl's configuration, for what --objective names."""
     from lrec.correction import Train
+    from lrec.finetune import Finetune, FinetuneConfig
     from lrec.trainer import LrecConfig
 
-    run, config = options.fill(values, Train, LrecConfig)
-    return run.run(config)
+    parts = {"kl": (Train, LrecConfig), "sft": (Finetune, FinetuneConfig)}
+    objective = str(values.get("objective", Train.objective))
+    if objective not in parts:
+        raise ValueError(registry.nearest(objective, parts, "value of --objective"))
+    return parts[objective]
 
 
 def evaluate(values: dict) -> dict:
@@ -163,7 +173,7 @@ def help_text(verb: str | None, values: dict) -> str:
     if verb is None:
         verbs = "\n".join(f"  {name:<10} {what}" for name, what in VERBS.items())
         return HELP.format(verbs=verbs)
-    from lrec import compare, correction, estimate, report, restore, runs
+    from lrec import compare, estimate, report, restore, runs
     from lrec.blocks import PassSettings
     from lrec.capture import CaptureSettings
     from lrec.sample import Sample
@@ -178,7 +188,7 @@ def help_text(verb: str | None, values: dict) -> str:
         "import": lambda: (runs.Import,),
         "sample": lambda: (Sample,),
         "cache": lambda: (runs.Cache, CaptureSettings),
-        "train": lambda: (correction.Train,),
+        "train": lambda: train_parts(values)[:1],
         "compare": lambda: (compare.Compare,),
         "evaluate": lambda: (runs.Evaluate,),
         "export": lambda: export_parts(values),

@@ -23,6 +23,7 @@ class Train(Learning, Text, Place):
     """`lrec train`: a LoRA, scales and zeros that correct the quantization error, trained by KL to the teacher."""
 
     model: str = field(metadata={"help": "packed model"})
+    objective: Literal["kl", "sft"] = setting("kl", "kl: say what the teacher says; sft: learn the rows of a task")
     output_dir: str = field(metadata={"help": "new directory for the adapter"})
     teacher: str | None = setting(None, "the full-precision model it was made from")
     teacher_cache: str | None = setting(None, "what `lrec cache` made of that model and these windows, in its place")
@@ -47,12 +48,7 @@ class Train(Learning, Text, Place):
         from lrec.trainer import LrecTrainer
 
         trained.kinds_of(self.train)
-        found = {path.name for path in Path(self.output_dir).glob("*")} - {WORKING_CACHE}
-        if found and not config.resume_from_checkpoint:
-            raise ValueError(
-                f"{self.output_dir} is not empty; choose another output_dir, remove it (nothing was changed), "
-                "or go on from its last checkpoint with --resume_from_checkpoint true"
-            )
+        self.check_free(config)
         tokenizer = load.tokenizer(self.model)
         if self.teacher:
             check_tokenizers(load.tokenizer(self.teacher), tokenizer)
@@ -86,6 +82,15 @@ class Train(Learning, Text, Place):
             checkpoint.write_json(Path(self.output_dir) / checkpoint.ADAPTER_STAMP, report)
             shutil.rmtree(Path(self.output_dir) / WORKING_CACHE, ignore_errors=True)
         return report
+
+    def check_free(self, config) -> None:
+        """Raises ValueError for an output_dir that holds something, unless training is to go on there."""
+        found = {path.name for path in Path(self.output_dir).glob("*")} - {WORKING_CACHE}
+        if found and not config.resume_from_checkpoint:
+            raise ValueError(
+                f"{self.output_dir} is not empty; choose another output_dir, remove it (nothing was changed), "
+                "or go on from its last checkpoint with --resume_from_checkpoint true"
+            )
 
     def start_from(self, resume: bool | str | None) -> str | None:
         """The checkpoint to go on from: for true, the last whole one, since a killed run may leave half of one; with
@@ -173,19 +178,12 @@ class Train(Learning, Text, Place):
     def adapted(self, base):
         """The base under new trainable adapters, started as `lora_init` says."""
         import torch
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
         from lrec import lowrank
 
-        peft_config = LoraConfig(
-            r=self.lora_r,
-            lora_alpha=self.lora_r if self.lora_alpha is None else self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=self.targets(),
-            task_type="CAUSAL_LM",
-        )
         torch.manual_seed(self.seed)
-        model = get_peft_model(base, peft_config)
+        model = get_peft_model(base, self.peft_config())
         if self.lora_init == "closed_form":
             factors = text.model_path(self.model) / assembly.LOWRANK
             if not factors.exists():
@@ -194,6 +192,24 @@ class Train(Learning, Text, Place):
                     f"use --lora_init zero, or quantize with --init_rank {self.lora_r}"
                 )
             lowrank.initialise(model, lowrank.load(factors))
+        return self.in_dtype(model)
+
+    def peft_config(self):
+        """New adapters as these settings describe them."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_r if self.lora_alpha is None else self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.targets(),
+            task_type="CAUSAL_LM",
+        )
+
+    def in_dtype(self, model):
+        """The model with what it trains in `lora_dtype`."""
+        import torch
+
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(getattr(torch, self.lora_dtype))

@@ -13,7 +13,7 @@ and the adapter differ in dtype, x is cast by rows, `CAST_ELEMENTS` at a time, a
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lrec import formats, kernels
@@ -31,6 +31,12 @@ def lora_linear(
     enclosing autocast, as peft's composition does. Raises ValueError if x does not fit the weight.
     """
     return _LoraLinear.apply(x, a_RK, b_NR, base, scaling, dropout, *base.op_tensors())
+
+
+def add_low_rank(y: Tensor, x: Tensor, a_RK: Tensor, b_NR: Tensor, scaling: float) -> Tensor:
+    """y + scaling * B A x, in y's dtype, for x of shape (..., K). Of a frozen pair autograd keeps A and B alone."""
+    t_TR = nn.functional.linear(x.to(a_RK.dtype), a_RK).flatten(0, -2)
+    return torch.addmm(y.flatten(0, -2), t_TR.to(y.dtype), b_NR.to(y.dtype).t(), alpha=scaling).view(y.shape)
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -263,6 +263,8 @@ def told(run, model: nn.Module, teacher, config, meter) -> dict:
     )
     measured = meter.report()
     parts = training(base.config, setup).parts
+    if frozen := sum(_bytes(p) for name, p in model.named_parameters() if ".lora_" in name and not p.requires_grad):
+        parts["adapter below"] = frozen
     live = getattr(teacher, "model", None)
     if live is not None:
         parts["teacher"] = sum(map(_bytes, live.parameters()))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lrec import checkpoint, effort, export, imports, load, machine, text
+from lrec import checkpoint, conversations, effort, export, imports, load, machine, text
 from lrec.blocks import Calibration, Pass, PassSettings
 from lrec.capture import Capture, CaptureSettings
 from lrec.options import setting
@@ -120,6 +120,7 @@ class Evaluate(Text, Place):
     teacher: str | None = setting(None, "full-precision model to compare with")
     num_samples: int | None = setting(24, "evaluation windows, spaced evenly over the text")
     batch_size: int = setting(4, "windows in a forward pass")
+    rows: bool = setting(False, "the dataset's rows as those of a task: the loss of what answers, as in `lrec train`")
     activation_bits: int | None = setting(None, "8: activations are rounded, as by LREC_ACTIVATION_BITS=8")
 
     def run(self) -> dict:
@@ -130,15 +131,19 @@ class Evaluate(Text, Place):
         tokenizer = load.tokenizer(self.model)
         if self.teacher:
             check_tokenizers(load.tokenizer(self.teacher), tokenizer)
-        ids = self.input_ids(tokenizer, None)
-        self.warn_of_seen_text()
+        if self.rows:
+            ids, labels = conversations.read(self.dataset, tokenizer, self.num_samples, None, self.max_length)
+        else:
+            ids = self.input_ids(tokenizer, None)
+            self.warn_of_seen_text()
         start = time.monotonic()
         model = load.model(self.model, self.adapter, self.device, self.dtype)
-        targets = None
-        if self.teacher:
-            teacher = load.model(self.teacher, None, self.device, self.dtype)
-            targets = evaluate.states(teacher, ids, self.batch_size, "teacher")
-        found = evaluate.quality(evaluate.states(model, ids, self.batch_size), ids, targets, self.batch_size)
+        teacher = self.teacher and load.model(self.teacher, None, self.device, self.dtype)
+        if self.rows:
+            found = evaluate.rows_quality(model, ids, labels, teacher)
+        else:
+            targets = teacher and evaluate.states(teacher, ids, self.batch_size, "teacher")
+            found = evaluate.quality(evaluate.states(model, ids, self.batch_size), ids, targets, self.batch_size)
         added = checkpoint.adapter_bytes(Path(self.adapter)) if self.adapter else 0
         size = {
             "bits_per_weight": evaluate.bits_per_weight(model, added),

@@ -24,6 +24,7 @@ from trl import SFTTrainer
 from lrec import trained
 from lrec.cpu_embeddings import keep_on_cpu
 from lrec.head import Head, output_layer, verify_head
+from lrec.load import activate
 from lrec.losses import DIVERGENCES, Objective, divergence, shift_labels
 from lrec.optimizers import OneByOne
 from lrec.step import SplitBlocks, StepConfig
@@ -218,7 +219,13 @@ class LrecTrainer(SFTTrainer):
             trained.load(self.model, Path(resume_from_checkpoint))
             return
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        names = self.model.active_adapters
+        if len(names) > 1:
+            # transformers makes one adapter active, and takes it for the trained one.
+            self.model.set_adapter("default")
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if len(names) > 1:
+            activate(self.model, names, learning="default")
         # peft widens adapters that it loads to float32.
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])

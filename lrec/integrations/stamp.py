@@ -1,5 +1,6 @@
-"""An adapter that corrects one packed model is refused on another, whoever loads it: peft or transformers; and the
-scales and zeros that were trained with it come along.
+"""An adapter that corrects one packed model is refused on another, whoever loads it: peft or transformers; the scales
+and zeros that were trained with it come along; and one that was trained on top of a correcting adapter is refused where
+that one is not loaded.
 
 Both have a `load_adapter`; each is wrapped once its library has been imported.
 """
@@ -9,6 +10,8 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from torch import nn
 
 from lrec import checkpoint, trained
 from lrec.nn import PackedLinear
@@ -29,7 +32,7 @@ def checked(load: Callable) -> Callable:
         if not packed or not isinstance(source, (str, os.PathLike)):
             return load(self, source, *args, **kwargs)
         if Path(source).is_dir():
-            trained.load(self, Path(source), checkpoint.check_stamp(Path(source), checkpoint.packed_sha256(self)))
+            check(self, Path(source))
             return load(self, source, *args, **kwargs)
         loaded = load(self, source, *args, **kwargs)
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -37,14 +40,25 @@ def checked(load: Callable) -> Callable:
         revision = kwargs.get("revision")
         fetched = try_to_load_from_cache(source, "adapter_model.safetensors", revision=revision)
         if isinstance(fetched, str):
-            stamp = checkpoint.check_stamp(Path(fetched).parent, checkpoint.packed_sha256(self))
+            stamp = checkpoint.read_stamp(Path(fetched).parent)
             if "base_tensors_sha256" in stamp:
                 hf_hub_download(source, checkpoint.BASE_TENSORS, revision=revision)
-            trained.load(self, Path(fetched).parent, stamp)
+            check(self, Path(fetched).parent)
         return loaded
 
     load_adapter.by_lrec = True
     return load_adapter
+
+
+def check(model: nn.Module, directory: Path) -> None:
+    """Raises ValueError for an adapter that does not belong on this model; remembers one that does, and puts its
+    trained scales and zeros into the base."""
+    stamp = checkpoint.check_stamp(directory, checkpoint.packed_sha256(model))
+    loaded = model.__dict__.setdefault("_lrec_adapters", set())
+    checkpoint.check_correction(directory, stamp, loaded)
+    trained.load(model, directory, stamp)
+    if (directory / checkpoint.ADAPTER_WEIGHTS).exists():
+        loaded.add(checkpoint.adapter_hash(directory))
 
 
 def register() -> None:
