@@ -23,6 +23,7 @@ FLOORS = [
     "runs correction",
     "finetune",
     "recipe compare restore sample",
+    "task_recipe",
     "cli",
     "__main__",
 ]

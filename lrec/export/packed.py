@@ -1,8 +1,9 @@
 """A packed model with the correction folded in: no adapter to carry, and every other export can follow.
 
-BA added to a weight on a grid lies between its points, so the sum has to be rounded again: GPTQ against W = Wq + BA,
-block by block, with the statistics of inputs that the blocks re-rounded before it produce. Layers that the adapter
-leaves alone stay as they are, bit for bit. What this loses is measured, on windows it was not calibrated with: the
+What the format can hold exactly it is given so, without any text: see lrec.fold. Any other BA added to a weight on a
+grid lies between its points, so the sum has to be rounded again: GPTQ against W = Wq + BA, block by block, with the
+statistics of inputs that the blocks re-rounded before it produce. Layers that the adapter leaves alone stay as they
+are, bit for bit. What this loses is measured, on windows it was not calibrated with: the
 divergence of the corrected model, of the result and of the base without its adapter from the teacher (from the
 corrected model itself if no teacher is given). A result that keeps too little of the gain is refused.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lrec import evaluate, load, rewrite, text
 from lrec.export import Export
-from lrec.fold import fold, misfit
+from lrec.fold import fold, misfit, to_round
 from lrec.lora_files import LoraFiles
 from lrec.options import setting
 from lrec.report import packed_config
@@ -25,7 +26,7 @@ from lrec.stream import StreamedModel
 
 @dataclass(frozen=True, kw_only=True)
 class PackedExport(Export):
-    """A directory as `lrec quantize` writes it; bits, groups and zero points of each layer are those of the base."""
+    """A directory as `lrec quantize` writes it; bits and groups of each layer are those of the base."""
 
     # Rounding changes logits; how much is measured, and bounded, by `max_lost`.
     tolerance: ClassVar[float] = float("inf")
@@ -40,21 +41,35 @@ class PackedExport(Export):
     force: bool = setting(False, "write the result however much is lost")
 
     def write(self, model_dir: Path, adapter_dir: Path | None, output_dir: Path) -> dict:
-        """See `Export.write`. Raises ValueError without adapter or text, for layers that are not uniform integers, and
-        for a result that lost more than `max_lost`."""
-        if adapter_dir is None or self.dataset is None:
-            raise ValueError(
-                "--format packed folds an adapter into the base: it needs --adapter and, to round with, --dataset"
-            )
+        """See `Export.write`. Raises ValueError without adapter; where layers have to be rounded again, without text or
+        for layers that are not uniform integers; and for a result that lost more than `max_lost`."""
+        if adapter_dir is None:
+            raise ValueError("--format packed folds an adapter into the base: it needs --adapter")
         meta = packed_config(model_dir).get("meta", {})
         adapter = LoraFiles(adapter_dir, meta.get("packed_sha256"))
-        specs = rewrite.refuse(model_dir, "packed", misfit, "Nearest that can: --format merged")
-        tokenizer = load.tokenizer(str(model_dir))
-        total = self.num_samples + self.eval_samples
-        windows = text.windows(text.documents(self.dataset), tokenizer, self.max_length, total, seed=self.seed)
-        fold(StreamedModel(model_dir, torch.float32), adapter, specs, windows[: self.num_samples], output_dir)
+        rounded = to_round(adapter, rewrite.kinds(model_dir))
+        if rounded and self.dataset is None:
+            raise ValueError(
+                f"{len(rounded)} layers, the first {rounded[0]}, cannot hold the adapter exactly, so they are rounded "
+                "again: that needs --dataset, text to round by"
+            )
+        rewrite.refuse(model_dir, "packed", misfit, "Nearest that can: --format merged", rounded)
+        windows = None
+        if self.dataset is not None:
+            total = self.num_samples + self.eval_samples
+            tokenizer = load.tokenizer(str(model_dir))
+            windows = text.windows(text.documents(self.dataset), tokenizer, self.max_length, total, seed=self.seed)
+        fold(
+            StreamedModel(model_dir, torch.float32),
+            adapter,
+            windows[: self.num_samples] if rounded else None,
+            output_dir,
+        )
         adapter.check_used(model_dir)
-        found = self._measure(model_dir, adapter_dir, output_dir, windows[self.num_samples :])
+        told = {"rounded_layers": len(rounded)}
+        if windows is None:
+            return told
+        found = told | self._measure(model_dir, adapter_dir, output_dir, windows[self.num_samples :])
         if found["lost"] > self.max_lost and not self.force:
             raise ValueError(
                 f"rounding again lost {found['lost']:.0%} of what the adapter gains (KL {found['kl_corrected']:.4g} "

@@ -11,6 +11,7 @@ from lrec import load
 from lrec.formats.uniform import Uniform
 from lrec.lora_files import LoraFiles
 from lrec.nn import packed_modules
+from tests.checks import assert_close
 
 TEXT = "the quick brown fox jumps over the lazy dog while seven wizards box with a jovial yak. "
 
@@ -91,4 +92,69 @@ def test_an_adapter_of_zeros_changes_no_bit(place, tmp_path):
 
 def test_what_cannot_be_folded_is_refused(dense, place, tmp_path, capsys):
     assert export(place / "Q", tmp_path / "O", "packed") == 2
-    assert "needs --adapter and, to round with, --dataset" in capsys.readouterr().err
+    assert "it needs --adapter" in capsys.readouterr().err
+    assert export(place / "Q", tmp_path / "O", "packed", "--adapter", str(place / "A")) == 2
+    assert "layers.0.self_attn.q_proj, cannot hold the adapter exactly" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def floats(dense, tmp_path_factory):
+    """A packed model `Q` with float zero points and groups of 48, the last one short, and an adapter `A` of it whose A
+    is constant over each group of two kinds of layers."""
+    from peft import LoraConfig, get_peft_model
+
+    place = tmp_path_factory.mktemp("floats")
+    (place / "text.txt").write_text(TEXT * 100)
+    base = packed_model(dense, "--bits", "2", "--group_size", "48", "--zero_point", "float")
+    shutil.copytree(base, place / "Q")
+    targets = ["q_proj", "down_proj"]
+    adapted = get_peft_model(load.model(str(place / "Q")), LoraConfig(r=4, lora_alpha=2, target_modules=targets))
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+        elif "lora_A" in name:
+            columns = torch.arange(parameter.shape[1]) // 48 * 48
+            parameter.data = parameter.data[:, columns].clone()
+    adapted.save_pretrained(place / "A")
+    return place
+
+
+@torch.no_grad()
+def test_a_pooled_adapter_goes_into_zero_points_exactly(floats, tmp_path, capsys):
+    words = ["--adapter", str(floats / "A"), "--json"]
+    assert export(floats / "Q", tmp_path / "O", "packed", *words) == 0
+    assert json.loads(capsys.readouterr().out)["rounded_layers"] == 0
+    base, folded = (packed_modules(load.model(str(path))) for path in (floats / "Q", tmp_path / "O"))
+    adapter = LoraFiles(floats / "A", None)
+    for name, layer in folded.items():
+        old, new = base[name].packed, layer.packed
+        assert torch.equal(new.qweight, old.qweight) and torch.equal(new.scale, old.scale)
+        if adapter.pair(name) is None:
+            assert torch.equal(new.zero, old.zero)
+            continue
+        a_RK, b_NR = (half.double() for half in adapter.pair(name))
+        target = old.unpack().double() + 0.5 * b_NR @ a_RK
+        assert ((new.unpack().double() - target).abs() <= 1e-6 * target.abs().max()).all()
+        assert (target - old.unpack()).norm() > 0.1 * old.unpack().norm()
+    x = torch.arange(3, 40)[None]
+    expected = load.model(str(floats / "Q"), str(floats / "A"))(x).logits
+    assert_close(load.model(str(tmp_path / "O"))(x).logits, expected, 1e-5)
+
+
+def test_one_column_off_its_group_is_rounded(floats, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(floats / "A", tmp_path / "A")
+    tensors = load_file(tmp_path / "A/adapter_model.safetensors")
+    key = next(key for key in tensors if "layers.1.mlp.down_proj.lora_A" in key)
+    tensors[key][2, -1] += 1e-3
+    save_file(tensors, tmp_path / "A/adapter_model.safetensors")
+    words = ["--adapter", str(tmp_path / "A"), "--json"]
+    assert export(floats / "Q", tmp_path / "O", "packed", *words) == 2
+    assert (
+        "1 layers, the first model.layers.1.mlp.down_proj, cannot hold the adapter exactly" in capsys.readouterr().err
+    )
+    words += ["--dataset", str(floats / "text.txt"), "--max_length", "32", "--num_samples", "4", "--eval_samples", "2"]
+    assert export(floats / "Q", tmp_path / "O", "packed", *words, "--force") == 0
+    assert json.loads(capsys.readouterr().out)["rounded_layers"] == 1
