@@ -87,7 +87,9 @@ class Finetune(Train):
         if held:
             after = evaluate.rows_quality(model.eval(), *held)["loss"]
             report |= {"held_out_loss_before": before, "held_out_loss": after}
-        report |= self.built_on(model) | memory.told(self, model, trainer.teacher, config, meter)
+        longest = self.max_length if config.packing else min(self.max_length, max(map(len, ids)))
+        told = memory.told(replace(self, max_length=longest), model, trainer.teacher, config, meter)
+        report |= self.built_on(model) | told
         if trainer.is_world_process_zero():
             self.settle(report)
         return report

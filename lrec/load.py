@@ -97,9 +97,8 @@ def with_adapter(base: nn.Module, adapter: str) -> nn.Module:
 def adapter_path(adapter: str) -> Path:
     """The folder of what `lrec train` saved. Raises ValueError if it is none."""
     path = Path(adapter)
-    if not (path / "adapter_config.json").is_file():
-        if not (path / checkpoint.BASE_TENSORS).is_file():
-            raise ValueError(f"{path} is not a peft adapter: it has no adapter_config.json")
+    if not (path / "adapter_config.json").is_file() and not (path / checkpoint.BASE_TENSORS).is_file():
+        raise ValueError(f"{path} is not a peft adapter: it has no adapter_config.json")
     return path
 
 
