@@ -2,8 +2,9 @@
 
 Where A is constant over each group of columns (QA-LoRA, 2309.14717) and zero points are floats, s B A is a matter of
 those: w = scale * (q - zero) + d with one d a group is scale * (q - (zero - d / scale)), and codes and scales stay.
-Any other sum lies between the points of the grid and is rounded again, like in the pass that quantizes (lrec.blocks)
-but that the target of a layer is Wq + BA. Layers without an adapter are carried over.
+Scales and zeros that were trained take the place of those that were there. Any other sum lies between the points of the
+grid and is rounded again, as in the pass that quantizes (lrec.blocks) but that the target of a layer is Wq + BA. Layers
+without an adapter are carried over.
 """
 
 import dataclasses
@@ -66,10 +67,12 @@ def into_zeros(layer: str, packed: Uniform, adapter: LoraFiles) -> Uniform:
 
 
 @torch.no_grad()
-def fold(streamed: StreamedModel, adapter: LoraFiles, ids: Tensor | None, output_dir: Path) -> None:
-    """Writes the packed model with every adapter in its layer, one block in memory at a time.
+def fold(streamed: StreamedModel, adapter: LoraFiles, ids: Tensor | None, output_dir: Path, about: dict) -> None:
+    """Writes the packed model with every adapter and all trained scales and zeros in its layer, one block in memory at
+    a time.
 
-    ids: the calibration windows (B, L) to round by; None if no layer has to be rounded (`to_round`).
+    ids: the calibration windows (B, L) to round by; None if no layer has to be rounded (`to_round`). `about` is what
+    config and manifest say of how the model was made.
     """
     assembly, dense, specs = Assembly(output_dir, "fold", len(streamed)), 0, rewrite.kinds(streamed.directory)
     states, calls = [], [None] * len(streamed)
@@ -90,16 +93,19 @@ def fold(streamed: StreamedModel, adapter: LoraFiles, ids: Tensor | None, output
     weights = sum(row["shape"][0] * row["shape"][1] for row in assembly.rows)
     share = weights / (weights + dense)
     rest = streamed.stored(None)
-    assembly.save_rest(rest, rest_rows(streamed.directory, rest))
-    assembly.finish(streamed.config, about(streamed, adapter), streamed.directory, share)
+    rows = fold_rest(streamed.directory, rest, adapter)
+    assembly.save_rest(rest, rows)
+    assembly.finish(streamed.config, about, streamed.directory, share)
 
 
-def rest_rows(model_dir: Path, tensors: dict[str, Tensor]) -> list[dict]:
-    """A row for each packed layer that is in no block, of the tensors there."""
+def fold_rest(model_dir: Path, tensors: dict[str, Tensor], adapter: LoraFiles) -> list[dict]:
+    """Puts trained scales and zeros into the packed layers that are in no block, among `tensors`; a row for each."""
     rows = []
     for name, spec in rewrite.packed(model_dir).items():
         if not anatomy.in_block(name):
-            packed = formats.build({held: tensors[f"{name}.{held}"] for held in spec["tensors"]}, spec)
+            stored = formats.build({held: tensors.pop(f"{name}.{held}") for held in spec["tensors"]}, spec)
+            packed = adapter.packed(name, stored)
+            tensors |= {f"{name}.{held}": tensor for held, tensor in packed.tensors().items()}
             rows.append(packed_row(name, packed) | {"bits": spec["bits"]})
     return rows
 
@@ -125,16 +131,21 @@ def fold_block(block: nn.Module, name: str, adapter: LoraFiles, states: list[Ten
 
 
 def add(block: nn.Module, name: str, adapter: LoraFiles) -> dict[str, dict]:
-    """Adds the adapters to the block's packed layers: into zero points where these hold them, else as dense linears of
-    Wq + BA. The specs that the dense ones had, by name in the block."""
+    """Adds what was trained to the block's packed layers: scales and zeros in the place of theirs; adapters into zero
+    points where these hold them, else as dense linears of Wq + BA. The specs that the dense ones had, by name in the
+    block."""
     adapted = {}
     for linear, module in anatomy.linears(block).items():
         layer = f"{name}.{linear}"
-        pair = adapter.pair(layer) if isinstance(module, PackedLinear) else None
+        if not isinstance(module, PackedLinear):
+            continue
+        packed, pair = adapter.packed(layer, module.packed), adapter.pair(layer)
+        if packed is not module.packed:
+            module.become(packed)
         if not changes(pair):
             continue
         if pooled(pair, module.spec) is not None:
-            replace(block, linear, into_zeros(layer, module.packed, adapter))
+            module.become(into_zeros(layer, packed, adapter))
             continue
         dense = module.to_dense(torch.float32)
         dense.weight += adapter.delta(layer)
@@ -155,9 +166,9 @@ def quantizer_of(spec: dict) -> GPTQ:
     )
 
 
-def about(streamed: StreamedModel, adapter: LoraFiles) -> dict:
-    """What config and manifest say of how the model was made."""
-    config = packed_config(streamed.directory)
+def about(model_dir: Path, adapter_dir: Path, rounded: bool) -> dict:
+    """What config and manifest say of a model that was made of this one and an adapter."""
+    config = packed_config(model_dir)
     base = {key: value for key, value in config.get("meta", {}).items() if key.startswith("base_")}
-    settings = config.get("settings", {})
-    return {"method": "gptq", "settings": settings, **base, "folded_adapter": str(adapter.directory)}
+    method = "gptq" if rounded else config.get("method")
+    return {"method": method, "settings": config.get("settings", {}), **base, "folded_adapter": str(adapter_dir)}

@@ -18,7 +18,7 @@ FLOORS = [
     "watch",
     "integrations conversations",
     "stream load assembly allocation sweep blockwise meter forward step ends shapes rehearsal offload lora_files",
-    "blocks capture trainer evaluate export report bench memory pass_memory estimate rewrite fold imports",
+    "blocks capture trainer evaluate export report bench memory pass_memory estimate rewrite fold touch_up imports",
     "effort learning",
     "runs correction",
     "finetune",

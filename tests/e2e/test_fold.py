@@ -36,7 +36,9 @@ def place(dense, tmp_path_factory):
 
 
 def fold(place, directory, *words):
+    """Without touch-up unless the words ask for it."""
     words = ["--adapter", str(place / "A"), "--dataset", str(place / "text.txt"), "--max_length", "32", *words]
+    words += [] if "--touch_up_steps" in words else ["--touch_up_steps", "0"]
     return export(place / "Q", directory, "packed", "--num_samples", "16", "--eval_samples", "8", *words)
 
 
@@ -82,7 +84,8 @@ def test_an_adapter_of_zeros_changes_no_bit(place, tmp_path):
     tensors = load_file(place / "A" / "adapter_model.safetensors")
     save_file({k: t * ("lora_A" in k) for k, t in tensors.items()}, tmp_path / "A" / "adapter_model.safetensors")
     (tmp_path / "A" / "adapter_config.json").write_bytes((place / "A" / "adapter_config.json").read_bytes())
-    words = ["--adapter", str(tmp_path / "A"), "--dataset", str(place / "text.txt"), "--max_length", "32", "--force"]
+    words = ["--adapter", str(tmp_path / "A"), "--dataset", str(place / "text.txt"), "--max_length", "32"]
+    words += ["--force", "--touch_up_steps", "4"]
     assert export(place / "Q", tmp_path / "O", "packed", "--num_samples", "2", "--eval_samples", "2", *words) == 0
     base, folded = (packed_modules(load.model(str(path))) for path in (place / "Q", tmp_path / "O"))
     for name, layer in folded.items():
@@ -156,5 +159,71 @@ def test_one_column_off_its_group_is_rounded(floats, tmp_path, capsys):
         "1 layers, the first model.layers.1.mlp.down_proj, cannot hold the adapter exactly" in capsys.readouterr().err
     )
     words += ["--dataset", str(floats / "text.txt"), "--max_length", "32", "--num_samples", "4", "--eval_samples", "2"]
-    assert export(floats / "Q", tmp_path / "O", "packed", *words, "--force") == 0
+    words += ["--touch_up_steps", "0", "--force"]
+    assert export(floats / "Q", tmp_path / "O", "packed", *words) == 0
     assert json.loads(capsys.readouterr().out)["rounded_layers"] == 1
+
+
+def test_the_touch_up_trains_scales_alone_and_is_kept_where_it_helps(place, tmp_path, capsys):
+    assert fold(place, tmp_path / "R", "--json") == 0
+    rounded = json.loads(capsys.readouterr().out)
+    assert fold(place, tmp_path / "O", "--json", "--touch_up_steps", "12") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["kl_rounded"] == pytest.approx(rounded["kl_packed"], rel=1e-6)
+    assert told["kl_packed"] < told["kl_rounded"] and told["lost"] < rounded["lost"]
+    assert not list(tmp_path.glob(".*")) and "kl_rounded" not in rounded
+    before, after = (packed_modules(load.model(str(tmp_path / name))) for name in "RO")
+    moved = 0
+    for name, layer in after.items():
+        old, new = before[name].packed, layer.packed
+        assert layer.spec == before[name].spec
+        assert torch.equal(new.qweight, old.qweight) and torch.equal(new.zero, old.zero)
+        moved += not torch.equal(new.scale, old.scale)
+    assert moved == len(after)
+
+
+@pytest.fixture(scope="module")
+def grids(place, tmp_path_factory):
+    """A directory `S` of trained scales and zeros of `Q`, and one, `B`, of these beside the adapter `A`."""
+    from lrec import trained
+
+    directory = tmp_path_factory.mktemp("grids")
+    model = load.model(str(place / "Q"))
+    trained.start(model, ("scales", "zeros"))
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data *= 1 + 0.05 * torch.randn_like(parameter)
+    trained.settle(model)
+    (directory / "S").mkdir()
+    trained.save(model, directory / "S")
+    shutil.copytree(place / "A", directory / "B")
+    shutil.copy(directory / "S/base_tensors.safetensors", directory / "B")
+    return directory
+
+
+@torch.no_grad()
+def test_trained_scales_and_zeros_are_exact(place, grids, tmp_path, capsys):
+    x = torch.arange(3, 40)[None]
+    expected = load.model(str(place / "Q"), str(grids / "S"))(x).logits
+    assert export(place / "Q", tmp_path / "O", "packed", "--adapter", str(grids / "S"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["rounded_layers"] == 0
+    assert torch.equal(load.model(str(tmp_path / "O"))(x).logits, expected)
+    bare = load.model(str(place / "Q"))(x).logits
+    assert (bare - expected).norm() > 1e-3 * expected.norm()
+
+
+@torch.no_grad()
+def test_an_adapter_beside_trained_scales_is_added_to_those(place, grids, tmp_path):
+    words = ["--adapter", str(grids / "B"), "--dataset", str(place / "text.txt"), "--max_length", "32"]
+    words += ["--num_samples", "16", "--eval_samples", "2", "--touch_up_steps", "0", "--max_lost", "1.5"]
+    assert export(place / "Q", tmp_path / "O", "packed", *words) == 0
+    changed = packed_modules(load.model(str(place / "Q"), str(grids / "S")))
+    adapter = LoraFiles(place / "A", None)
+    for name, layer in packed_modules(load.model(str(tmp_path / "O"))).items():
+        delta = adapter.delta(name)
+        if delta is None:
+            assert torch.equal(layer.weight, changed[name].weight)
+        else:
+            target = changed[name].weight + delta
+            assert (layer.weight - target).norm() < 0.5 * delta.norm()
