@@ -72,7 +72,7 @@ class Train(Learning, Text, Place):
             eval_dataset=Dataset.from_dict({"input_ids": held_out.tolist()}) if len(held_out) else None,
         )
         result = trainer.train(resume_from_checkpoint=self.start_from(config.resume_from_checkpoint))
-        trained.settle(model, self.scale_bits)
+        self.settle(model)
         trainer.save_model(self.output_dir)
         report = self.report(model, result, history(trainer)) | evaluations(trainer)
         report |= memory.told(self, model, teacher, config, meter)
@@ -91,6 +91,14 @@ class Train(Learning, Text, Place):
                 f"{self.output_dir} is not empty; choose another output_dir, remove it (nothing was changed), "
                 "or go on from its last checkpoint with --resume_from_checkpoint true"
             )
+
+    def settle(self, model) -> None:
+        """Brings what was trained into the form in which it is stored."""
+        from lrec import pooling
+
+        trained.settle(model, self.scale_bits)
+        if self.lora_pool:
+            pooling.settle(model)
 
     def start_from(self, resume: bool | str | None) -> str | None:
         """The checkpoint to go on from: for true, the last whole one, since a killed run may leave half of one; with
@@ -180,10 +188,14 @@ class Train(Learning, Text, Place):
         import torch
         from peft import get_peft_model
 
-        from lrec import lowrank
+        from lrec import lowrank, pooling
 
         torch.manual_seed(self.seed)
         model = get_peft_model(base, self.peft_config())
+        if self.lora_pool:
+            if self.lora_init == "closed_form":
+                raise ValueError("the stored factors are no pooled ones: with --lora_pool start from --lora_init zero")
+            pooling.pool(model)
         if self.lora_init == "closed_form":
             factors = text.model_path(self.model) / assembly.LOWRANK
             if not factors.exists():

@@ -80,6 +80,7 @@ class Finetune(Train):
         )
         before = held and evaluate.rows_quality(model.eval(), *held)["loss"]
         result = trainer.train(resume_from_checkpoint=self.start_from(config.resume_from_checkpoint))
+        self.settle(model)
         as_stored(model)
         trainer.save_model(self.output_dir)
         learned = sum(label != IGNORE for row in labels for label in row[1 : self.max_length])
@@ -91,7 +92,7 @@ class Finetune(Train):
         told = memory.told(replace(self, max_length=longest), model, trainer.teacher, config, meter)
         report |= self.built_on(model) | told
         if trainer.is_world_process_zero():
-            self.settle(report)
+            self.finish(report)
         return report
 
     def rows(self, tokenizer, config: FinetuneConfig) -> tuple[list[list[int]], list[list[int]]]:
@@ -130,7 +131,7 @@ class Finetune(Train):
     def settled_init(self) -> str:
         """What `auto` comes to."""
         stored = (text.model_path(self.model) / assembly.LOWRANK).exists()
-        return "closed_form" if stored and self.adapter is None else "zero"
+        return "closed_form" if stored and self.adapter is None and not self.lora_pool else "zero"
 
     def adapted(self, base):
         """The base under what it is built on, and the adapter to be trained."""
@@ -183,7 +184,7 @@ class Finetune(Train):
         found |= {"base_tensors_sha256": grids} if grids else {}
         return found | ({"continued_from": self.adapter} if self.adapter and self.stack == "continue" else {})
 
-    def settle(self, report: dict) -> None:
+    def finish(self, report: dict) -> None:
         """Leaves the adapter and its stamp in `output_dir`, and beside them the correction, byte for byte."""
         place = Path(self.output_dir)
         halve(place / checkpoint.ADAPTER_WEIGHTS)

@@ -23,6 +23,10 @@ class Learning:
     lora_init: Literal["closed_form", "zero"] = setting(
         "closed_form", "start from the factors stored with the packed model, or from zero"
     )
+    lora_pool: bool = setting(
+        False,
+        "adapters see each group's inputs summed, so that export packed folds them into float zero points exactly",
+    )
     lora_dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "dtype of the adapters; bfloat16 ones are updated with stochastic rounding"
     )

@@ -16,7 +16,7 @@ FLOORS = [
     "lora",
     "anatomy cache checkpoint cpu_embeddings embeddings head losses lowrank optimizers teacher text topk trained ggml",
     "watch",
-    "integrations conversations",
+    "integrations conversations pooling",
     "stream load assembly allocation sweep blockwise meter forward step ends shapes rehearsal offload lora_files",
     "blocks capture trainer evaluate export report bench memory pass_memory estimate rewrite fold touch_up imports",
     "effort learning",

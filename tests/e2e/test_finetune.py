@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -287,3 +288,22 @@ def test_what_does_not_fit_is_refused(place, tmp_path):
     for told, changes in refused.items():
         with pytest.raises(ValueError, match=told):
             run(place, tmp_path / "T", **changes)
+
+
+@torch.no_grad()
+def test_pooled_adapters_stay_pooled_and_fold_exactly(dense, place, tmp_path):
+    words = ["--bits", "3", "--group_size", "48", "--zero_point", "float"]
+    place_of = {"model": str(packed_model(dense, *words)), "lora_pool": True, "lora_r": 4, "max_steps": 6}
+    with torch.enable_grad():
+        report = run(place, tmp_path / "T", **place_of, learning_rate=2e-2, eval_dataset=str(place / "rows.jsonl"))
+    assert report["lora_init"] == "zero" and report["held_out_loss"] < report["held_out_loss_before"] - 0.01
+    adapter = LoraFiles(tmp_path / "T", report["packed_sha256"])
+    for key, tensor in adapter.tensors.items():
+        if "lora_A" in key:
+            groups = tensor.split(48, 1)
+            assert all((part == part[:, :1]).all() for part in groups)
+            assert all((a[:, 0] != b[:, 0]).all() for a, b in pairwise(groups))
+    assert export(place_of["model"], tmp_path / "P", "packed", "--adapter", str(tmp_path / "T")) == 0
+    x = torch.arange(3, 40)[None]
+    expected = load.model(place_of["model"], str(tmp_path / "T"))(x).logits
+    assert_close(load.model(str(tmp_path / "P"))(x).logits, expected, 1e-5)
