@@ -15,7 +15,7 @@ from typing import Literal
 from torch import nn
 
 from lrec import assembly, checkpoint, conversations, evaluate, load, memory, stream, text
-from lrec.correction import Train, halve, history
+from lrec.correction import Train, evaluations, halve, history
 from lrec.losses import IGNORE
 from lrec.meter import Meter
 from lrec.options import setting
@@ -49,8 +49,10 @@ class Finetune(Train):
     )
     num_samples: int | None = setting(None, "number of rows, a seeded random choice (none: all)")
     max_length: int = setting(1024, "tokens of a row, or with --packing of as many rows as fit; the rest is cut off")
-    eval_dataset: str | None = setting(None, "held-out rows, whose loss is told before and after")
-    eval_samples: int | None = setting(None, "number of them (none: all)")
+    eval_dataset: str | None = setting(
+        None, "held-out rows: their loss is told before and after, and with --eval_steps keeps the best"
+    )
+    eval_samples: int | None = setting(None, "number of them, spaced evenly (none: all)")
     lora_init: Literal["auto", "closed_form", "zero"] = setting(
         "auto", "start from the factors stored with the packed model, or from zero (auto: zero if on an adapter)"
     )
@@ -61,12 +63,14 @@ class Finetune(Train):
 
         if self.lora_init == "auto":
             return replace(self, lora_init=self.settled_init()).run(config)
+        if self.train != "adapters":
+            raise ValueError(f"a task is learned by an adapter, not by {self.train}: leave --train out")
         self.check_free(config)
         config.max_length = self.max_length
         tokenizer = load.tokenizer(self.model)
         use_template(tokenizer, config.chat_template_path)
         ids, labels = self.rows(tokenizer, config)
-        held = self.held_out(tokenizer, config)
+        held = self.held_rows(tokenizer, config)
         if self.lean_malloc:
             stream.lean_malloc()
         meter = Meter(load.device_of(self.device))
@@ -77,6 +81,7 @@ class Finetune(Train):
             teacher=self.live_teacher(tokenizer, config),
             processing_class=tokenizer,
             train_dataset=Dataset.from_dict({"input_ids": ids, "labels": labels}),
+            eval_dataset=Dataset.from_dict({"input_ids": held[0], "labels": held[1]}) if config.eval_steps else None,
         )
         before = held and evaluate.rows_quality(model.eval(), *held)["loss"]
         result = trainer.train(resume_from_checkpoint=self.start_from(config.resume_from_checkpoint))
@@ -84,7 +89,8 @@ class Finetune(Train):
         as_stored(model)
         trainer.save_model(self.output_dir)
         learned = sum(label != IGNORE for row in labels for label in row[1 : self.max_length])
-        report = self.report(model, result, history(trainer)) | {"num_rows": len(ids), "num_target_tokens": learned}
+        report = self.report(model, result, history(trainer)) | evaluations(trainer)
+        report |= {"num_rows": len(ids), "num_target_tokens": learned}
         if held:
             after = evaluate.rows_quality(model.eval(), *held)["loss"]
             report |= {"held_out_loss_before": before, "held_out_loss": after}
@@ -107,9 +113,13 @@ class Finetune(Train):
             )
         return ids, labels
 
-    def held_out(self, tokenizer, config: FinetuneConfig) -> tuple[list[list[int]], list[list[int]]] | None:
-        """Ids and labels of the rows to measure on, if any are named."""
+    def held_rows(self, tokenizer, config: FinetuneConfig) -> tuple[list[list[int]], list[list[int]]] | None:
+        """Ids and labels of the rows to measure on, if any are named. Raises ValueError for evaluations without."""
         if self.eval_dataset is None:
+            if config.eval_steps:
+                raise ValueError(
+                    "--eval_steps keeps the best checkpoint by --eval_dataset, but none is given; give one"
+                )
             return None
         learn = config.completion_only_loss is not False
         return conversations.read(self.eval_dataset, tokenizer, self.eval_samples, None, self.max_length, learn)
@@ -138,8 +148,6 @@ class Finetune(Train):
         import torch
         from peft import PeftModel
 
-        if self.train != "adapters":
-            raise ValueError(f"a task is learned by an adapter, not by {self.train}: leave --train out")
         if self.adapter is None:
             return super().adapted(base)
         if self.built_on_grids():

@@ -25,6 +25,8 @@ class LoraFiles:
         below = checkpoint.correction_of(directory)
         checkpoint.check_correction(directory, stamp, [checkpoint.adapter_hash(below)] if below else [])
         self.below = LoraFiles(below, packed_sha256) if below else None
+        if self.below:
+            self.below.fields = {}  # the same as here
         self.fields = trained.read(directory, stamp)
         self.tensors: dict[str, Tensor] = {}
         self.used: set[str] = set()
@@ -54,8 +56,6 @@ class LoraFiles:
     def packed(self, layer: str, packed: Packed) -> Packed:
         """A layer's weight with the scales and zeros that were trained; the same if none were."""
         self.used.add(f"fields of {layer}")
-        if self.below:
-            self.below.used.add(f"fields of {layer}")  # the same ones
         return trained.updated(layer, packed, self.fields[layer]) if layer in self.fields else packed
 
     def pair(self, layer: str) -> tuple[Tensor, Tensor] | None:

@@ -83,6 +83,7 @@ def joined(adapter: LoraFiles, config: dict, below: Path, model_dir: Path) -> tu
     for layer in kinds(model_dir):
         if pair := adapter.pair(layer):
             tensors |= {f"base_model.model.{layer}.lora_{half}.weight": t for half, t in zip("AB", pair, strict=True)}
+        adapter.used.add(f"fields of {layer}")  # which go along in their own file
     adapter.check_used(model_dir)
     ranks = {"r": adapter.rank, "lora_alpha": adapter.rank, "use_rslora": False}
     return config | ranks | {"target_modules": sorted({*targets[0], *targets[1]})}, tensors

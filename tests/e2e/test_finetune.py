@@ -284,6 +284,8 @@ def test_what_does_not_fit_is_refused(place, tmp_path):
         "corrects the model already": {"adapter": str(place / "A"), "lora_init": "closed_form"},
         "has anything to be learned in its first 5 tokens": {"max_length": 5},
         "must be that of a .jinja template": {"chat_template_path": "no/such"},
+        "by an adapter, not by scales": {"train": "scales"},
+        "keeps the best checkpoint by --eval_dataset": {"eval_steps": 1},
     }
     for told, changes in refused.items():
         with pytest.raises(ValueError, match=told):
@@ -307,3 +309,53 @@ def test_pooled_adapters_stay_pooled_and_fold_exactly(dense, place, tmp_path):
     x = torch.arange(3, 40)[None]
     expected = load.model(place_of["model"], str(tmp_path / "T"))(x).logits
     assert_close(load.model(str(tmp_path / "P"))(x).logits, expected, 1e-5)
+
+
+def test_the_best_of_a_stack_is_kept_on_the_same_correction(place, tmp_path):
+    # What is learned of the rows makes letters that are not in them less likely: the last evaluation is not the best.
+    rows = [{"prompt": f"{i}", "completion": "XQZ~JKW" * 3} for i in range(4)]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"adapter": str(place / "A"), "eval_dataset": str(tmp_path / "others.jsonl"), "eval_steps": 2}
+    settings |= {"max_steps": 8, "patience": None, "learning_rate": 3e-2, "lr_scheduler_type": "constant"}
+    report = run(place, tmp_path / "T", **settings)
+    losses = [row["eval_loss"] for row in report["evaluations"]]
+    assert len(losses) == 4 and min(losses) < losses[-1] - 0.005
+    pair = load.model(str(place / "Q"), str(tmp_path / "T"))
+    ids, labels = conversations.tokenize(rows, load.tokenizer(str(place / "Q")))
+    assert evaluate.rows_quality(pair, ids, labels)["loss"] == report["held_out_loss"]
+    assert report["held_out_loss"] == pytest.approx(min(losses), abs=3e-3)
+    kept = LoraFiles(tmp_path / "T/correction", report["packed_sha256"])
+    assert all(
+        torch.equal(t, kept.tensors[k]) for k, t in LoraFiles(place / "A", report["packed_sha256"]).tensors.items()
+    )
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_a_task_on_trained_scales_takes_them_along(place, tmp_path, with_adapter):
+    from lrec import trained
+
+    base = load.model(str(place / "Q"))
+    trained.start(base, ("scales",))
+    for parameter in base.parameters():
+        if parameter.requires_grad:
+            parameter.data *= 1.05
+    trained.settle(base)
+    correction = tmp_path / "S"
+    shutil.copytree(place / "A", correction) if with_adapter else correction.mkdir()
+    trained.save(base, correction)
+    stamp = {"packed_sha256": checkpoint.packed_sha256(base)}
+    stamp["base_tensors_sha256"] = checkpoint.tensors_hash(trained.tensors(base))
+    checkpoint.write_json(correction / checkpoint.ADAPTER_STAMP, stamp)
+    ids, labels = conversations.tokenize(ROWS, load.tokenizer(str(place / "Q")))
+    corrected = load.model(str(place / "Q"), str(correction))
+    report = run(place, tmp_path / "T", adapter=str(correction), eval_dataset=str(place / "rows.jsonl"))
+    assert evaluate.rows_quality(corrected, ids, labels)["loss"] == report["held_out_loss_before"]
+    both = load.model(str(place / "Q"), str(tmp_path / "T"))
+    assert evaluate.rows_quality(both, ids, labels)["loss"] == report["held_out_loss"]
+    assert (tmp_path / "T/correction").exists() == with_adapter
+    x = torch.tensor([ids[0]])
+    assert export(place / "Q", tmp_path / "M", "merged", "--adapter", str(tmp_path / "T")) == 0
+    with torch.no_grad():
+        assert_close(load.model(str(tmp_path / "M"))(x).logits, both(x).logits, 2e-2)
+        assert export(place / "Q", tmp_path / "J", "adapter", "--adapter", str(tmp_path / "T")) == 0
+        assert_close(load.model(str(place / "Q"), str(tmp_path / "J"))(x).logits, both(x).logits, 1e-5)

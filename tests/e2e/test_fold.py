@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_exports import export, packed_model
 
 from lrec import load
@@ -78,8 +79,6 @@ def test_too_much_lost_is_refused_but_by_force(place, tmp_path, capsys):
 
 
 def test_an_adapter_of_zeros_changes_no_bit(place, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     (tmp_path / "A").mkdir()
     tensors = load_file(place / "A" / "adapter_model.safetensors")
     save_file({k: t * ("lora_A" in k) for k, t in tensors.items()}, tmp_path / "A" / "adapter_model.safetensors")
@@ -146,8 +145,6 @@ def test_a_pooled_adapter_goes_into_zero_points_exactly(floats, tmp_path, capsys
 
 
 def test_one_column_off_its_group_is_rounded(floats, tmp_path, capsys):
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(floats / "A", tmp_path / "A")
     tensors = load_file(tmp_path / "A/adapter_model.safetensors")
     key = next(key for key in tensors if "layers.1.mlp.down_proj.lora_A" in key)
@@ -164,10 +161,17 @@ def test_one_column_off_its_group_is_rounded(floats, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["rounded_layers"] == 1
 
 
-def test_the_touch_up_trains_scales_alone_and_is_kept_where_it_helps(place, tmp_path, capsys):
-    assert fold(place, tmp_path / "R", "--json") == 0
+def test_the_touch_up_trains_scales_alone_and_is_kept_where_it_helps(floats, tmp_path, capsys):
+    stir = load_file(floats / "A/adapter_model.safetensors")
+    shutil.copytree(floats / "A", tmp_path / "A")
+    for key, tensor in stir.items():
+        stir[key] = tensor + 0.02 * torch.randn_like(tensor) if "lora_A" in key else 4 * tensor
+    save_file(stir, tmp_path / "A/adapter_model.safetensors")
+    for name in ("Q", "text.txt"):
+        (tmp_path / name).symlink_to(floats / name)
+    assert fold(tmp_path, tmp_path / "R", "--json", "--force") == 0
     rounded = json.loads(capsys.readouterr().out)
-    assert fold(place, tmp_path / "O", "--json", "--touch_up_steps", "12") == 0
+    assert fold(tmp_path, tmp_path / "O", "--json", "--force", "--touch_up_steps", "16") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["kl_rounded"] == pytest.approx(rounded["kl_packed"], rel=1e-6)
     assert told["kl_packed"] < told["kl_rounded"] and told["lost"] < rounded["lost"]
