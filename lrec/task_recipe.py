@@ -38,7 +38,7 @@ class TaskRecipe(Recipe):
         correcting.output_dir = self.path("adapter")
         with state.main_process_first():
             self.quantize(quantizer, passing)
-        self.train(correcting)
+        self.correct(correcting)
         self.learn(config)
         state.wait_for_everyone()
         if not state.is_main_process:
