@@ -75,9 +75,8 @@ class PackedExport(Export):
         found |= {"kl_base": kl(model_dir), "kl_corrected": kl(model_dir, adapter_dir), "kl_packed": kl(output_dir)}
         if rounded and self.touch_up_steps:
             found["kl_rounded"] = found["kl_packed"]
-            found["kl_packed"] = self._touch_up(
-                output_dir, self._target(model_dir, adapter_dir), calibration, about, kl
-            )
+            target = self._target(model_dir, adapter_dir)
+            found["kl_packed"] = self._touch_up(output_dir, target, calibration, about, kl, found["kl_rounded"])
         gain = found["kl_base"] - found["kl_corrected"]
         found["lost"] = (found["kl_packed"] - found["kl_corrected"]) / gain if gain > 0 else float("inf")
         if found["lost"] > self.max_lost and not self.force:
@@ -104,11 +103,11 @@ class PackedExport(Export):
         return kl
 
     def _touch_up(
-        self, folded: Path, target: tuple[str, str | None], ids: Tensor, about: dict, kl: Callable[..., float]
+        self, folded: Path, target: tuple[str, str | None], ids: Tensor, about: dict, kl: Callable, before: float
     ) -> float:
-        """Trains the scales of the model in `folded`, in its place; keeps them if the KL falls, and returns it."""
+        """Trains the scales of the model in `folded`, in its place if the KL falls below `before`; the KL then."""
         with tempfile.TemporaryDirectory(dir=folded.parent) as place:
-            scales, made, before = Path(place) / "scales", Path(place) / "packed", kl(folded)
+            scales, made = Path(place) / "scales", Path(place) / "packed"
             touch_up(folded, load.model(*target), ids, self.touch_up_steps, scales)
             changed = LoraFiles(scales, packed_config(folded)["meta"]["packed_sha256"])
             fold.fold(StreamedModel(folded, torch.float32), changed, None, made, about)
