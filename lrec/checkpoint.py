@@ -7,6 +7,7 @@ loaded, so that a truncated or altered file is an error and never a model that i
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -15,14 +16,22 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 MANIFEST = "lrec_manifest.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_STAMP = "lrec_adapter.json"
+CORRECTION = "correction"  # an adapter below another: its name in peft, and its folder in that one's
 STAMP_KEY = "lrec_adapter"  # of the metadata in the header of an adapter's weights
+BASE_TENSORS = "base_tensors.safetensors"  # scales and zeros that were trained, see lrec.trained
 FORMAT_VERSION = 1
 
 
 def write_json(path: Path, value) -> None:
     """Writes JSON atomically: a reader sees the old file or the new one."""
     _replace(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Writes a .jsonl file atomically, a row a line."""
+    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def read_json(path: Path) -> dict:
@@ -187,11 +196,33 @@ def check_stamp(adapter_dir: Path, packed_sha256: str | None) -> dict:
     return stamp
 
 
+def correction_of(adapter_dir: Path) -> Path | None:
+    """The folder of the adapter that an adapter was trained on top of, where peft saves it; None if there is none."""
+    below = Path(adapter_dir) / CORRECTION
+    return below if (below / "adapter_config.json").exists() else None
+
+
+def check_correction(adapter_dir: Path, stamp: dict, loaded: Collection[str]) -> None:
+    """Raises ValueError if an adapter's stamp says that it was trained on top of one which is not among those of the
+    weights' hashes `loaded`."""
+    if stamp.get("correction_sha256") not in (None, *loaded):
+        raise ValueError(
+            f"{adapter_dir} was trained on top of a correcting adapter with weights {stamp['correction_sha256'][:12]}, "
+            f"which is not loaded: load that one first, as adapter {CORRECTION!r}, from the folder {CORRECTION}/ "
+            "in it or where it is, and make both active"
+        )
+
+
+def adapter_hash(adapter_dir: Path) -> str:
+    """Identity of an adapter's weights: SHA-256 of their file."""
+    return file_hash(Path(adapter_dir) / ADAPTER_WEIGHTS)
+
+
 def read_stamp(adapter_dir: Path) -> dict:
     """What an adapter directory tells of the base it was made for, empty if nothing."""
     if (adapter_dir / ADAPTER_STAMP).exists():
         return read_json(adapter_dir / ADAPTER_STAMP)
-    weights = adapter_dir / "adapter_model.safetensors"
+    weights = adapter_dir / ADAPTER_WEIGHTS
     if not weights.exists():
         return {}
     with open_tensors(weights) as file:
@@ -206,9 +237,21 @@ def packed_sha256(base: nn.Module) -> str | None:
 
 
 def weights_bytes(directory: Path) -> int:
-    """Bytes on disk of a model's weight files, or of an adapter's."""
-    adapter = Path(directory) / "adapter_model.safetensors"
-    return sum(p.stat().st_size for p in ([adapter] if adapter.exists() else weight_files(Path(directory))))
+    """Bytes on disk of a model's weight files, or of an adapter's, of the one below it and of the scales and zeros
+    trained with it."""
+    named = [Path(directory) / name for name in (ADAPTER_WEIGHTS, BASE_TENSORS)]
+    found = [path for path in named if path.exists()]
+    below = correction_of(directory)
+    return sum(path.stat().st_size for path in found or weight_files(Path(directory))) + adapter_bytes(below)
+
+
+def adapter_bytes(directory: Path | None) -> int:
+    """Bytes on disk of an adapter's own weights and those of one below it: trained scales and zeros take the place of
+    the base's. None is no adapter."""
+    if directory is None:
+        return 0
+    path = Path(directory) / ADAPTER_WEIGHTS
+    return (path.stat().st_size if path.exists() else 0) + adapter_bytes(correction_of(directory))
 
 
 def _replace(path: Path, data: bytes) -> None:

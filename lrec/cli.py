@@ -14,8 +14,9 @@ from lrec import options, registry
 VERBS = {
     "quantize": "pack a full-precision model into 2, 3, 4 or 8 bits, one block at a time",
     "import": "take over a GPTQ, AWQ, compressed-tensors, HQQ, bitsandbytes or GGUF checkpoint, bit for bit",
+    "sample": "draw training text from the teacher, in its chat template if it has one",
     "cache": "run a teacher over the training text once and keep its targets on disk",
-    "train": "train an adapter that corrects the quantization error, by KL to the teacher",
+    "train": "train an adapter: by KL to the teacher to correct the quantization error, or on the rows of a task",
     "compare": "a table of methods on one model and text, and a picture",
     "evaluate": "perplexity, KL to the teacher and top-1 agreement on held-out text",
     "export": "write what others can load: a peft adapter, a dense model, GPTQ ...",
@@ -40,13 +41,22 @@ usage: lrec VERB [--setting value ...] [--config file.yaml] [--json]
 
 def quantize(values: dict) -> dict:
     """`lrec quantize`."""
+    from lrec import effort
     from lrec.blocks import PassSettings
     from lrec.restore import Preprocess
     from lrec.runs import Quantize
 
     quantizer = registry.find("quantizers", str(values.get("method", Quantize.method)))
-    run, method, settings, preprocess = options.fill(values, Quantize, quantizer, PassSettings, Preprocess)
+    parts = (Quantize, quantizer, PassSettings, Preprocess)
+    run, method, settings, preprocess = options.fill(effort.spend(values, *parts), *parts)
     return preprocess.run(run, method, settings)
+
+
+def sample(values: dict) -> dict:
+    """`lrec sample`."""
+    from lrec.sample import Sample
+
+    return options.fill(values, Sample)[0].run()
 
 
 def cache(values: dict) -> dict:
@@ -67,11 +77,21 @@ def import_(values: dict) -> dict:
 
 def train(values: dict) -> dict:
     """`lrec train`."""
+    run, config = options.fill(values, *train_parts(values))
+    return run.run(config)
+
+
+def train_parts(values: dict) -> tuple[type, type]:
+    """What the settings of `lrec train` fill: the run and trl's configuration, for what --objective names."""
     from lrec.correction import Train
+    from lrec.finetune import Finetune, FinetuneConfig
     from lrec.trainer import LrecConfig
 
-    run, config = options.fill(values, Train, LrecConfig)
-    return run.run(config)
+    parts = {"kl": (Train, LrecConfig), "sft": (Finetune, FinetuneConfig)}
+    objective = str(values.get("objective", Train.objective))
+    if objective not in parts:
+        raise ValueError(registry.nearest(objective, parts, "value of --objective"))
+    return parts[objective]
 
 
 def evaluate(values: dict) -> dict:
@@ -164,9 +184,10 @@ def help_text(verb: str | None, values: dict) -> str:
     if verb is None:
         verbs = "\n".join(f"  {name:<10} {what}" for name, what in VERBS.items())
         return HELP.format(verbs=verbs)
-    from lrec import compare, correction, estimate, hub, report, restore, runs
+    from lrec import compare, estimate, hub, report, restore, runs
     from lrec.blocks import PassSettings
     from lrec.capture import CaptureSettings
+    from lrec.sample import Sample
 
     classes = {
         "quantize": lambda: (
@@ -176,8 +197,9 @@ def help_text(verb: str | None, values: dict) -> str:
             restore.Preprocess,
         ),
         "import": lambda: (runs.Import,),
+        "sample": lambda: (Sample,),
         "cache": lambda: (runs.Cache, CaptureSettings),
-        "train": lambda: (correction.Train,),
+        "train": lambda: train_parts(values)[:1],
         "compare": lambda: (compare.Compare,),
         "evaluate": lambda: (runs.Evaluate,),
         "export": lambda: export_parts(values),

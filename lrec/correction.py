@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lrec import assembly, checkpoint, load, memory, offload, stream, text
+from lrec import assembly, checkpoint, load, memory, offload, stream, text, trained
 from lrec.cache import TargetCache
 from lrec.capture import Capture, CaptureSettings
+from lrec.learning import Learning
 from lrec.meter import Meter
 from lrec.options import setting
 from lrec.runs import Place, Text
@@ -18,26 +19,21 @@ WORKING_CACHE = "teacher_cache"  # in the adapter's directory while it is traine
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Text, Place):
-    """`lrec train`: a LoRA that corrects the quantization error, trained by KL to the teacher."""
+class Train(Learning, Text, Place):
+    """`lrec train`: a LoRA, scales and zeros that correct the quantization error, trained by KL to the teacher."""
 
     model: str = field(metadata={"help": "packed model"})
+    objective: Literal["kl", "sft"] = setting("kl", "kl: say what the teacher says; sft: learn the rows of a task")
     output_dir: str = field(metadata={"help": "new directory for the adapter"})
     teacher: str | None = setting(None, "the full-precision model it was made from")
     teacher_cache: str | None = setting(None, "what `lrec cache` made of that model and these windows, in its place")
     teacher_targets: Literal["live", "hidden", "topk"] = setting(
         "live", "without a cache: the teacher in memory, or first cached in output_dir and then away"
     )
-    lora_r: int = setting(16, "rank of the adapters")
-    lora_alpha: int | None = setting(None, "LoRA alpha; the update is scaled by alpha / r (none: alpha = r)")
-    lora_dropout: float = setting(0.0, "dropout before the adapters")
-    lora_target_modules: str = setting("all-linear", "all-linear, or comma-separated names")
-    lora_init: Literal["closed_form", "zero"] = setting(
-        "closed_form", "start from the factors stored with the packed model, or from zero"
+    eval_dataset: str | None = setting(
+        None, "held-out text to keep the best checkpoint by, every --eval_steps (none: windows of the dataset)"
     )
-    lora_dtype: Literal["float32", "bfloat16"] = setting(
-        "float32", "dtype of the adapters; bfloat16 ones are updated with stochastic rounding"
-    )
+    eval_samples: int = setting(8, "held-out windows")
     seed: int = setting(0, "of the choice and order of windows and of the adapters")
     stream_weights: bool = setting(False, "packed weights stay on disk and visit the device one block at a time")
     lean_malloc: bool = setting(
@@ -46,21 +42,18 @@ class Train(Text, Place):
 
     def run(self, config) -> dict:
         """Trains under `config`, a LrecConfig; the report. Raises ValueError if the parts do not fit together."""
+        import torch
         from datasets import Dataset
 
         from lrec.trainer import LrecTrainer
 
-        found = {path.name for path in Path(self.output_dir).glob("*")} - {WORKING_CACHE}
-        if found and not config.resume_from_checkpoint:
-            raise ValueError(
-                f"{self.output_dir} is not empty; choose another output_dir, remove it (nothing was changed), "
-                "or go on from its last checkpoint with --resume_from_checkpoint true"
-            )
+        trained.kinds_of(self.train)
+        self.check_free(config)
         tokenizer = load.tokenizer(self.model)
         if self.teacher:
             check_tokenizers(load.tokenizer(self.teacher), tokenizer)
-        ids = self.windows(tokenizer, config)
-        cache = self.cached(tokenizer, ids)
+        ids, held_out = self.held_out(tokenizer, self.windows(tokenizer, config), config)
+        cache = self.cached(tokenizer, torch.cat([ids, held_out]))
         if self.lean_malloc:
             stream.lean_malloc()
         meter = Meter(load.device_of(self.device))
@@ -69,27 +62,43 @@ class Train(Text, Place):
             teacher = LiveTeacher(load.model(self.teacher, None, self.device, self.dtype))
         else:
             teacher = CachedTeacher(cache, base)
-        model = self.adapted(base, config.gradient_checkpointing)
+        model = self.trainable(base, config.gradient_checkpointing)
         trainer = LrecTrainer(
             model=model,
             args=config,
             teacher=teacher,
             processing_class=tokenizer,
             train_dataset=Dataset.from_dict({"input_ids": ids.tolist()}),
+            eval_dataset=Dataset.from_dict({"input_ids": held_out.tolist()}) if len(held_out) else None,
         )
         result = trainer.train(resume_from_checkpoint=self.start_from(config.resume_from_checkpoint))
+        self.settle(model)
         trainer.save_model(self.output_dir)
-        history = [
-            {k: row[k] for k in ("step", "loss", "kl", "ce", "hidden", "learning_rate") if k in row}
-            for row in trainer.state.log_history
-            if "loss" in row
-        ]
-        report = self.report(model, result, history) | memory.told(self, model, teacher, config, meter)
+        report = self.report(model, result, history(trainer)) | evaluations(trainer)
+        report |= memory.told(self, model, teacher, config, meter)
         if trainer.is_world_process_zero():
-            halve(Path(self.output_dir) / "adapter_model.safetensors")
+            if "adapters" in trained.kinds_of(self.train):
+                halve(Path(self.output_dir) / "adapter_model.safetensors")
             checkpoint.write_json(Path(self.output_dir) / checkpoint.ADAPTER_STAMP, report)
             shutil.rmtree(Path(self.output_dir) / WORKING_CACHE, ignore_errors=True)
         return report
+
+    def check_free(self, config) -> None:
+        """Raises ValueError for an output_dir that holds something, unless training is to go on there."""
+        found = {path.name for path in Path(self.output_dir).glob("*")} - {WORKING_CACHE}
+        if found and not config.resume_from_checkpoint:
+            raise ValueError(
+                f"{self.output_dir} is not empty; choose another output_dir, remove it (nothing was changed), "
+                "or go on from its last checkpoint with --resume_from_checkpoint true"
+            )
+
+    def settle(self, model) -> None:
+        """Brings what was trained into the form in which it is stored."""
+        from lrec import pooling
+
+        trained.settle(model, self.scale_bits)
+        if self.lora_pool:
+            pooling.settle(model)
 
     def start_from(self, resume: bool | str | None) -> str | None:
         """The checkpoint to go on from: for true, the last whole one, since a killed run may leave half of one; with
@@ -102,13 +111,33 @@ class Train(Text, Place):
             return None
         return str(whole[-1])
 
+    def held_out(self, tokenizer, ids, config) -> tuple:
+        """Training windows and held-out ones; none of these unless there are evaluations. Warns if they share text.
+
+        Raises ValueError for evaluations without steps between them, or for too few windows to hold some out."""
+        if self.eval_dataset is not None and not config.eval_steps:
+            raise ValueError("--eval_dataset is read every --eval_steps, but none are given; give some")
+        if not config.eval_steps:
+            return ids, ids[:0]
+        if self.eval_dataset is None:
+            if len(ids) <= self.eval_samples:
+                raise ValueError(
+                    f"{len(ids)} windows of {self.dataset} leave none to train on beside {self.eval_samples} held out; "
+                    "take more text, shorter windows, fewer --eval_samples, or name --eval_dataset"
+                )
+            return ids[: -self.eval_samples], ids[-self.eval_samples :]
+        held_out = replace(self, dataset=self.eval_dataset, num_samples=self.eval_samples).input_ids(tokenizer, None)
+        text.warn_overlap(ids, held_out, f"{self.dataset} (training)", f"{self.eval_dataset} (held out)")
+        return ids, held_out
+
     def windows(self, tokenizer, config):
         """The training windows; where they must be cached first, no more of them than the steps will see."""
         ids = self.input_ids(tokenizer, self.seed)
         seen = config.max_steps * config.train_batch_size * config.gradient_accumulation_steps * config.world_size
         if self.teacher_cache or self.teacher_targets == "live" or self.num_samples or not 0 < seen < len(ids):
             return ids
-        return replace(self, num_samples=seen).input_ids(tokenizer, self.seed)
+        held_out = self.eval_samples if config.eval_steps and self.eval_dataset is None else 0
+        return replace(self, num_samples=min(seen + held_out, len(ids))).input_ids(tokenizer, self.seed)
 
     def cached(self, tokenizer, ids) -> TargetCache | None:
         """The teacher's cache, made now if `teacher_targets` says so; None if the teacher is to be in memory.
@@ -143,23 +172,30 @@ class Train(Text, Place):
         """The modules that get adapters, as peft takes them."""
         return "all-linear" if self.lora_target_modules == "all-linear" else self.lora_target_modules.split(",")
 
-    def adapted(self, base, gradient_checkpointing: bool):
+    def trainable(self, base, gradient_checkpointing: bool):
+        """The base, prepared, with what `train` names ready to learn."""
+        from lrec import prepare_model_for_training
+
+        kinds = trained.kinds_of(self.train)
+        model = prepare_model_for_training(base, use_gradient_checkpointing=gradient_checkpointing)
+        if "adapters" in kinds:
+            model = self.adapted(model)
+        trained.start(model, kinds)
+        return model
+
+    def adapted(self, base):
         """The base under new trainable adapters, started as `lora_init` says."""
         import torch
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
-        from lrec import lowrank, prepare_model_for_training
+        from lrec import lowrank, pooling
 
-        peft_config = LoraConfig(
-            r=self.lora_r,
-            lora_alpha=self.lora_r if self.lora_alpha is None else self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=self.targets(),
-            task_type="CAUSAL_LM",
-        )
         torch.manual_seed(self.seed)
-        base = prepare_model_for_training(base, use_gradient_checkpointing=gradient_checkpointing)
-        model = get_peft_model(base, peft_config)
+        model = get_peft_model(base, self.peft_config())
+        if self.lora_pool:
+            if self.lora_init == "closed_form":
+                raise ValueError("the stored factors are no pooled ones: with --lora_pool start from --lora_init zero")
+            pooling.pool(model)
         if self.lora_init == "closed_form":
             factors = text.model_path(self.model) / assembly.LOWRANK
             if not factors.exists():
@@ -168,6 +204,24 @@ class Train(Text, Place):
                     f"use --lora_init zero, or quantize with --init_rank {self.lora_r}"
                 )
             lowrank.initialise(model, lowrank.load(factors))
+        return self.in_dtype(model)
+
+    def peft_config(self):
+        """New adapters as these settings describe them."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_r if self.lora_alpha is None else self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.targets(),
+            task_type="CAUSAL_LM",
+        )
+
+    def in_dtype(self, model):
+        """The model with what it trains in `lora_dtype`."""
+        import torch
+
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(getattr(torch, self.lora_dtype))
@@ -177,19 +231,35 @@ class Train(Text, Place):
         """What the adapter was made for and how: its stamp."""
         import torch
 
+        kinds, changed = trained.kinds_of(self.train), trained.tensors(model)
         return {
             "base_model": self.model,
             "teacher": self.teacher or self.teacher_cache,
-            "packed_sha256": checkpoint.packed_sha256(model.get_base_model()),
-            "lora_r": self.lora_r,
-            "lora_init": self.lora_init,
+            "packed_sha256": checkpoint.packed_sha256(trained.base_of(model)),
+            **({"base_tensors_sha256": checkpoint.tensors_hash(changed)} if changed else {}),
+            "train": ",".join(kinds),
+            **({"lora_r": self.lora_r, "lora_init": self.lora_init} if "adapters" in kinds else {}),
             "dataset": self.dataset,
             "num_steps": result.global_step,
             "loss": result.training_loss,
             "seconds": round(result.metrics["train_runtime"], 2),
             "torch": torch.__version__,
+            **({"diverged": result.metrics["diverged"]} if "diverged" in result.metrics else {}),
             "history": history,
         }
+
+
+def history(trainer) -> list[dict]:
+    """What the trainer logged of its loss, a row each time."""
+    told = ("step", "loss", "kl", "ce", "hidden", "learning_rate")
+    return [{k: row[k] for k in told if k in row} for row in trainer.state.log_history if "loss" in row]
+
+
+def evaluations(trainer) -> dict:
+    """What the trainer found on held-out text, a row each time, if anything."""
+    told = ("step", "eval_loss", "eval_kl")
+    rows = [{k: row[k] for k in told if k in row} for row in trainer.state.log_history if "eval_loss" in row]
+    return {"evaluations": rows} if rows else {}
 
 
 def whole_checkpoints(directory: Path) -> list[Path]:

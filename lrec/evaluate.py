@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lrec import anatomy
 from lrec.head import Head
-from lrec.losses import token_metrics
+from lrec.losses import IGNORE, shift_labels, token_metrics
 from lrec.nn import PackedLinear
 from lrec.teacher import final_hidden
 
@@ -66,6 +66,30 @@ def quality(student: States, input_ids: Tensor, teacher: States | None = None, b
             "the checkpoint holds NaN, or overflows in this dtype: try --dtype float32"
         )
     found = {"perplexity": math.exp(min(nll, 700.0)), "num_tokens": num_tokens}
+    return found if teacher is None else found | {"kl": kl, "top1_agreement": agreement}
+
+
+@torch.no_grad()
+def rows_quality(
+    model: nn.Module, ids: list[list[int]], labels: list[list[int]], teacher: nn.Module | None = None
+) -> dict:
+    """Means over the learned tokens of rows (`lrec.conversations`), each run by itself: `loss` is that of -log q.
+
+    With a teacher also kl and top1_agreement, as `quality`. Raises ValueError if there is no such token.
+    """
+    sums, num_tokens = torch.zeros(3, dtype=torch.float64), 0
+    device = next(model.parameters()).device
+    for row, row_labels in zip(ids, labels, strict=True):
+        row_BL, next_T = torch.tensor([row], device=device), shift_labels(torch.tensor([row_labels], device=device))
+        target = None if teacher is None else final_hidden(teacher, row_BL)[0]
+        head = None if teacher is None else Head.of(teacher)
+        metrics = token_metrics(final_hidden(model, row_BL)[0], Head.of(model), target, head, next_T)
+        sums += torch.stack([torch.zeros(()) if m is None else m.double().sum().cpu() for m in metrics])
+        num_tokens += int((next_T != IGNORE).sum())
+    if not num_tokens:
+        raise ValueError("no token of the rows is to be predicted: they are empty, or cut off before any completion")
+    loss, kl, agreement = (sums / num_tokens).tolist()
+    found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "num_tokens": num_tokens}
     return found if teacher is None else found | {"kl": kl, "top1_agreement": agreement}
 
 

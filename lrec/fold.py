@@ -1,9 +1,13 @@
-"""Rounding base plus adapter onto the base's kind of grid again, block by block: what `export --format packed` does.
+"""Base plus adapter as a packed model again, block by block: what `export --format packed` does.
 
-Like the pass that quantizes (lrec.blocks), but that the target of a layer is Wq + BA, and that layers without an
-adapter are carried over.
+Where A is constant over each group of columns (QA-LoRA, 2309.14717) and zero points are floats, s B A is a matter of
+those: w = scale * (q - zero) + d with one d a group is scale * (q - (zero - d / scale)), and codes and scales stay.
+Scales and zeros that were trained take the place of those that were there. Any other sum lies between the points of the
+grid and is rounded again, as in the pass that quantizes (lrec.blocks) but that the target of a layer is Wq + BA. Layers
+without an adapter are carried over.
 """
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 from lrec import anatomy, formats, rewrite
 from lrec.assembly import Assembly
 from lrec.blocks import collect, layer_row, packed_row
+from lrec.formats.uniform import Uniform
 from lrec.lora_files import LoraFiles
 from lrec.nn import PackedLinear, replace
 from lrec.quantizers import quantize_layer
@@ -28,15 +33,52 @@ def misfit(spec: dict) -> str | None:
     return None if spec["format"] == "uniform" else f"the format is {spec['format']}; GPTQ rounds to uniform integers"
 
 
-@torch.no_grad()
-def fold(streamed: StreamedModel, adapter: LoraFiles, specs: dict[str, dict], ids: Tensor, output_dir: Path) -> None:
-    """Writes the packed model with every adapted layer rounded again, one block in memory at a time.
+def to_round(adapter: LoraFiles, specs: dict[str, dict]) -> list[str]:
+    """The packed layers, of these specs by name, that cannot hold their adapter exactly."""
+    pairs = {layer: adapter.pair(layer) for layer in specs}
+    return [layer for layer, pair in pairs.items() if changes(pair) and pooled(pair, specs[layer]) is None]
 
-    `specs` are those of the packed layers by name, `ids` the calibration windows (B, L).
+
+def changes(pair: tuple[Tensor, Tensor] | None) -> bool:
+    """Whether an adapter adds anything."""
+    return pair is not None and all(bool(half.any()) for half in pair)
+
+
+def pooled(pair: tuple[Tensor, Tensor], spec: dict) -> Tensor | None:
+    """A (R, G), one column a group, of an adapter that zero points of such a layer can hold; None of any other."""
+    if spec["format"] != "uniform" or rewrite.zero_kind(spec) != "float":
+        return None
+    a_RK, group_size = pair[0], spec["group_size"]
+    a_RG = a_RK[:, ::group_size]
+    return a_RG if torch.equal(a_RG.repeat_interleave(group_size, 1)[:, : a_RK.shape[1]], a_RK) else None
+
+
+def into_zeros(layer: str, packed: Uniform, adapter: LoraFiles) -> Uniform:
+    """The weight with its adapter, which must be `pooled`, in its zero points, in float32. Raises ValueError for scales
+    of zero, under which there is no room for anything."""
+    a_RK, b_NR = adapter.pair(layer)
+    scale_NG = packed.scales().double()
+    if not scale_NG.all():
+        raise ValueError(
+            f"{layer} has groups whose scale is 0, so zero points hold no adapter there; quantize it again"
+        )
+    delta_NG = adapter.scaling * (b_NR.double() @ a_RK[:, :: packed.group_size].double())
+    return dataclasses.replace(packed, zero=(packed.zeros().double() - delta_NG / scale_NG).float())
+
+
+@torch.no_grad()
+def fold(streamed: StreamedModel, adapter: LoraFiles, ids: Tensor | None, output_dir: Path, about: dict) -> None:
+    """Writes the packed model with every adapter and all trained scales and zeros in its layer, one block in memory at
+    a time.
+
+    ids: the calibration windows (B, L) to round by; None if no layer has to be rounded (`to_round`). `about` is what
+    config and manifest say of how the model was made.
     """
-    assembly, dense = Assembly(output_dir, "fold", len(streamed)), 0
-    states = [streamed.embed(batch) for batch in ids.split(BATCH)]
-    calls = streamed.block_calls(ids[:BATCH])
+    assembly, dense, specs = Assembly(output_dir, "fold", len(streamed)), 0, rewrite.kinds(streamed.directory)
+    states, calls = [], [None] * len(streamed)
+    if ids is not None:
+        states = [streamed.embed(batch) for batch in ids.split(BATCH)]
+        calls = streamed.block_calls(ids[:BATCH])
     streamed.free(None)
     for index in range(len(streamed)):
         start, name = time.monotonic(), streamed.anatomy.name(index)
@@ -51,49 +93,64 @@ def fold(streamed: StreamedModel, adapter: LoraFiles, specs: dict[str, dict], id
     weights = sum(row["shape"][0] * row["shape"][1] for row in assembly.rows)
     share = weights / (weights + dense)
     rest = streamed.stored(None)
-    assembly.save_rest(rest, rest_rows(streamed.directory, rest))
-    assembly.finish(streamed.config, about(streamed, adapter), streamed.directory, share)
+    rows = fold_rest(streamed.directory, rest, adapter)
+    assembly.save_rest(rest, rows)
+    assembly.finish(streamed.config, about, streamed.directory, share)
 
 
-def rest_rows(model_dir: Path, tensors: dict[str, Tensor]) -> list[dict]:
-    """A row for each packed layer that is in no block, of the tensors there."""
+def fold_rest(model_dir: Path, tensors: dict[str, Tensor], adapter: LoraFiles) -> list[dict]:
+    """Puts trained scales and zeros into the packed layers that are in no block, among `tensors`; a row for each."""
     rows = []
     for name, spec in rewrite.packed(model_dir).items():
         if not anatomy.in_block(name):
-            packed = formats.build({held: tensors[f"{name}.{held}"] for held in spec["tensors"]}, spec)
+            stored = formats.build({held: tensors.pop(f"{name}.{held}") for held in spec["tensors"]}, spec)
+            packed = adapter.packed(name, stored)
+            tensors |= {f"{name}.{held}": tensor for held, tensor in packed.tensors().items()}
             rows.append(packed_row(name, packed) | {"bits": spec["bits"]})
     return rows
 
 
 def fold_block(block: nn.Module, name: str, adapter: LoraFiles, states: list[Tensor], call: BlockCall) -> list[dict]:
-    """Rounds the block's adapted layers again, in place; a row for every packed layer of it."""
-    before = {n: m.packed for n, m in anatomy.linears(block).items() if isinstance(m, PackedLinear)}
+    """Puts the adapters into the block's layers, in place, rounded again where they must be; a row for every packed
+    layer of it."""
     adapted = add(block, name, adapter)
-    groups = anatomy.shared_inputs(block, lambda: call(block, states[0][:1]))
-    groups = [kept for group in groups if (kept := [linear for linear in group if linear in adapted])]
-    seen = collect(block, groups, GPTQ.needs, lambda: [call(block, state) for state in states])
-    rows = []
+    before = {n: m.packed for n, m in anatomy.linears(block).items() if isinstance(m, PackedLinear)}
+    groups, seen, rows = [], [], []
+    if adapted:
+        groups = anatomy.shared_inputs(block, lambda: call(block, states[0][:1]))
+        groups = [kept for group in groups if (kept := [linear for linear in group if linear in adapted])]
+        seen = collect(block, groups, GPTQ.needs, lambda: [call(block, state) for state in states])
     for group, statistics in zip(groups, seen, strict=True):
         for linear in group:
             layer, w_NK = f"{name}.{linear}", block.get_submodule(linear).weight
-            quantizer = quantizer_of(before.pop(linear).spec())
-            packed = quantize_layer(layer, w_NK, quantizer, statistics)
+            packed = quantize_layer(layer, w_NK, quantizer_of(adapted[linear]), statistics)
             rows.append(layer_row(layer, packed, w_NK - packed.unpack(), w_NK, statistics.hessian_KK))
             replace(block, linear, packed)
     rows += [packed_row(f"{name}.{linear}", packed) for linear, packed in before.items()]
     return [row | {"bits": row["spec"]["bits"]} for row in rows]
 
 
-def add(block: nn.Module, name: str, adapter: LoraFiles) -> list[str]:
-    """Puts dense linears of Wq + BA in the place of the packed layers that are adapted; their names in the block."""
-    adapted = []
+def add(block: nn.Module, name: str, adapter: LoraFiles) -> dict[str, dict]:
+    """Adds what was trained to the block's packed layers: scales and zeros in the place of theirs; adapters into zero
+    points where these hold them, else as dense linears of Wq + BA. The specs that the dense ones had, by name in the
+    block."""
+    adapted = {}
     for linear, module in anatomy.linears(block).items():
-        delta_NK = adapter.delta(f"{name}.{linear}") if isinstance(module, PackedLinear) else None
-        if delta_NK is not None and bool(delta_NK.any()):
-            dense = module.to_dense(torch.float32)
-            dense.weight += delta_NK
-            block.set_submodule(linear, dense)
-            adapted.append(linear)
+        layer = f"{name}.{linear}"
+        if not isinstance(module, PackedLinear):
+            continue
+        packed, pair = adapter.packed(layer, module.packed), adapter.pair(layer)
+        if packed is not module.packed:
+            module.become(packed)
+        if not changes(pair):
+            continue
+        if pooled(pair, module.spec) is not None:
+            module.become(into_zeros(layer, packed, adapter))
+            continue
+        dense = module.to_dense(torch.float32)
+        dense.weight += adapter.delta(layer)
+        block.set_submodule(linear, dense)
+        adapted[linear] = module.spec
     return adapted
 
 
@@ -109,9 +166,9 @@ def quantizer_of(spec: dict) -> GPTQ:
     )
 
 
-def about(streamed: StreamedModel, adapter: LoraFiles) -> dict:
-    """What config and manifest say of how the model was made."""
-    config = packed_config(streamed.directory)
+def about(model_dir: Path, adapter_dir: Path, rounded: bool) -> dict:
+    """What config and manifest say of a model that was made of this one and an adapter."""
+    config = packed_config(model_dir)
     base = {key: value for key, value in config.get("meta", {}).items() if key.startswith("base_")}
-    settings = config.get("settings", {})
-    return {"method": "gptq", "settings": settings, **base, "folded_adapter": str(adapter.directory)}
+    method = "gptq" if rounded else config.get("method")
+    return {"method": method, "settings": config.get("settings", {}), **base, "folded_adapter": str(adapter_dir)}

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lrec import checkpoint, text
+from lrec import checkpoint, text, trained
 
 
 def quiet() -> None:
@@ -73,11 +73,36 @@ def model(name: str, adapter: str | None = None, device: str = "auto", dtype: st
 
 
 def with_adapter(base: nn.Module, adapter: str) -> nn.Module:
-    """The peft model of a base and a saved adapter. Raises ValueError if the adapter was made for another base."""
+    """A base under what `lrec train` saved: the peft model of it, on top of the correcting adapter that it was trained
+    on, if any; or the base itself where scales and zeros alone were trained.
+
+    Raises ValueError if they were made for another base.
+    """
     from peft import PeftModel
 
-    path = Path(adapter)
+    path = adapter_path(adapter)
+    stamp = checkpoint.check_stamp(path, checkpoint.packed_sha256(base))
     if not (path / "adapter_config.json").is_file():
+        trained.load(base, path, stamp)
+        return base
+    below = checkpoint.correction_of(path)
+    if below is None:
+        return PeftModel.from_pretrained(base, path)
+    found = PeftModel.from_pretrained(base, below, adapter_name=checkpoint.CORRECTION)
+    found.load_adapter(path, "default")
+    activate(found, [checkpoint.CORRECTION, "default"], learning=None)
+    return found
+
+
+def adapter_path(adapter: str) -> Path:
+    """The folder of what `lrec train` saved. Raises ValueError if it is none."""
+    path = Path(adapter)
+    if not (path / "adapter_config.json").is_file() and not (path / checkpoint.BASE_TENSORS).is_file():
         raise ValueError(f"{path} is not a peft adapter: it has no adapter_config.json")
-    checkpoint.check_stamp(path, checkpoint.packed_sha256(base))
-    return PeftModel.from_pretrained(base, path)
+    return path
+
+
+def activate(model: nn.Module, names: list[str], learning: str | None) -> None:
+    """Makes adapters of a peft model active together, of which at most one is trained."""
+    model.base_model.set_adapter(names)
+    model.set_requires_grad([name for name in names if name != learning], requires_grad=False)

@@ -6,15 +6,17 @@ them (autograd holds a reference), and all is added up in place. With t = A x, g
 
     dx = dy W + dropout'(g A)      dA = g^T x~      dB = s dy^T t
 
-No product is N x K. Where x and the adapter differ in dtype, x is cast by rows, `CAST_ELEMENTS` at a time, and dropped.
+No product is N x K. Floats of the packed weight that are trained get their gradients from the same x and dy. Where x
+and the adapter differ in dtype, x is cast by rows, `CAST_ELEMENTS` at a time, and dropped.
 """
 
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lrec import formats, kernels
 from lrec.nn import PackedLinear
 
 CAST_ELEMENTS = 2**22
@@ -28,12 +30,18 @@ def lora_linear(
     The adapter sees each entry of x with probability 1 - `dropout`, and computes in its own dtype or in that of an
     enclosing autocast, as peft's composition does. Raises ValueError if x does not fit the weight.
     """
-    return _LoraLinear.apply(x, a_RK, b_NR, base, scaling, dropout)
+    return _LoraLinear.apply(x, a_RK, b_NR, base, scaling, dropout, *base.op_tensors())
+
+
+def add_low_rank(y: Tensor, x: Tensor, a_RK: Tensor, b_NR: Tensor, scaling: float) -> Tensor:
+    """y + scaling * B A x, in y's dtype, for x of shape (..., K). Of a frozen pair autograd keeps A and B alone."""
+    t_TR = nn.functional.linear(x.to(a_RK.dtype), a_RK).flatten(0, -2)
+    return torch.addmm(y.flatten(0, -2), t_TR.to(y.dtype), b_NR.to(y.dtype).t(), alpha=scaling).view(y.shape)
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, a_RK, b_NR, base, scaling, dropout):
+    def forward(ctx, x, a_RK, b_NR, base, scaling, dropout, *tensors):
         dtype = a_RK.dtype
         if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -47,8 +55,8 @@ class _LoraLinear(torch.autograd.Function):
             torch.mm(_dropped(x_TK, keep_TK, dropout, rows, dtype), a_RK.to(dtype).t(), out=t_TR[rows])
         for rows in _slices(y_TN, dtype):
             _add_product(y_TN[rows], t_TR[rows], b_NR.to(dtype).t(), scaling)
-        ctx.key, ctx.scaling, ctx.dropout, ctx.dtype = base.key, scaling, dropout, dtype
-        ctx.save_for_backward(x, t_TR, keep_TK, a_RK, b_NR, *base.op_tensors())
+        ctx.key, ctx.fields, ctx.scaling, ctx.dropout, ctx.dtype = base.key, base.trained, scaling, dropout, dtype
+        ctx.save_for_backward(x, t_TR, keep_TK, a_RK, b_NR, *tensors)
         return y
 
     @staticmethod
@@ -80,7 +88,12 @@ class _LoraLinear(torch.autograd.Function):
                     dx_TK[rows] += _scale_kept(g_TR[rows] @ a_RK.to(dtype), keep_TK[rows], ctx.dropout)
             dx_TK = dx_TK.to(x.dtype).view(x.shape)
         da_RK = None if da_RK is None else da_RK.to(a_RK.dtype)
-        return dx_TK, da_RK, None if db_NR is None else db_NR.to(b_NR.dtype), None, None, None
+        db_NR = None if db_NR is None else db_NR.to(b_NR.dtype)
+        of_base = [None] * len(tensors)
+        if ctx.fields:
+            packed = formats.build_by_key(tensors, ctx.key)
+            of_base = kernels.field_gradients(packed, ctx.fields, dy_TN, packed.kept_input(x_TK, ctx.fields))
+        return dx_TK, da_RK, db_NR, None, None, None, *of_base
 
 
 def _slices(like: Tensor, dtype: torch.dtype, masked: bool = False) -> Iterator[slice]:

@@ -1,22 +1,42 @@
-"""The LoRA weights of a peft repository, read without peft and without the base model."""
+"""What `lrec train` saved, read without peft and without the base model: LoRA weights, trained scales and zeros."""
 
 import math
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from lrec import checkpoint
+from lrec import checkpoint, trained
+from lrec.formats import Packed
 
 
 class LoraFiles:
-    """The pairs of A and B by layer, their `rank`, and the `scaling` of their product.
+    """The pairs of A and B by layer, their `rank` (0 without any) and the `scaling` of their product; and the tensors
+    of the base that were trained, `fields`, by layer.
 
-    Raises ValueError for an adapter that is not plain LoRA, or whose stamp names other packed weights.
+    An adapter that was trained on top of another, `below`, is read with it, as one of the rank of both together.
+    Raises ValueError for an adapter that is not plain LoRA, whose stamp names other packed weights, or that lacks the
+    one it was trained on.
     """
 
     def __init__(self, directory: Path, packed_sha256: str | None):
         self.directory = directory
-        checkpoint.check_stamp(directory, packed_sha256)
+        stamp = checkpoint.check_stamp(directory, packed_sha256)
+        below = checkpoint.correction_of(directory)
+        checkpoint.check_correction(directory, stamp, [checkpoint.adapter_hash(below)] if below else [])
+        self.below = LoraFiles(below, packed_sha256) if below else None
+        if self.below:
+            self.below.fields = {}  # the same as here
+        self.fields = trained.read(directory, stamp)
+        self.tensors: dict[str, Tensor] = {}
+        self.used: set[str] = set()
+        self.own_rank, self.own_scaling = 0, 1.0
+        if not self.fields or (directory / "adapter_config.json").exists():
+            self._read_pairs(directory)
+        self.rank = self.own_rank + (self.below.rank if self.below else 0)
+        self.scaling = 1.0 if self.below else self.own_scaling
+
+    def _read_pairs(self, directory: Path) -> None:
         config = checkpoint.read_json(directory / "adapter_config.json")
         odd = [
             key
@@ -28,14 +48,34 @@ class LoraFiles:
                 f"{directory} is not a plain LoRA ({config.get('peft_type')}, {', '.join(odd)}); "
                 "merge it with peft's merge_and_unload instead"
             )
-        self.rank = config["r"]
-        self.scaling = config["lora_alpha"] / (math.sqrt(self.rank) if config.get("use_rslora") else self.rank)
-        with checkpoint.open_tensors(directory / "adapter_model.safetensors") as file:
+        self.own_rank = config["r"]
+        self.own_scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+        with checkpoint.open_tensors(directory / checkpoint.ADAPTER_WEIGHTS) as file:
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is not a dict)
-        self.used: set[str] = set()
+
+    def packed(self, layer: str, packed: Packed) -> Packed:
+        """A layer's weight with the scales and zeros that were trained; the same if none were."""
+        self.used.add(f"fields of {layer}")
+        return trained.updated(layer, packed, self.fields[layer]) if layer in self.fields else packed
 
     def pair(self, layer: str) -> tuple[Tensor, Tensor] | None:
-        """(A, B), (R, K) and (N, R) as stored, for a layer, or None if it is not adapted."""
+        """(A, B), (R, K) and (N, R) as stored, for a layer, or None if it is not adapted.
+
+        With an adapter below: A of both and scaling * B of both in float32, zeros where one leaves the layer alone.
+        """
+        own = self._own_pair(layer)
+        if self.below is None:
+            return own
+        under = self.below.pair(layer)
+        if own is None and under is None:
+            return None
+        a_RK, b_NR = own or under
+        a0, b0 = under or (a_RK.new_zeros(self.below.rank, a_RK.shape[1]), b_NR.new_zeros(len(b_NR), self.below.rank))
+        a1, b1 = own or (a_RK.new_zeros(self.own_rank, a_RK.shape[1]), b_NR.new_zeros(len(b_NR), self.own_rank))
+        scaled = self.below.scaling * b0.float(), self.own_scaling * b1.float()
+        return torch.cat([a0.float(), a1.float()]), torch.cat(scaled, 1)
+
+    def _own_pair(self, layer: str) -> tuple[Tensor, Tensor] | None:
         keys = [f"base_model.model.{layer}.lora_{half}.weight" for half in "AB"]
         if not all(key in self.tensors for key in keys):
             return None
@@ -49,6 +89,8 @@ class LoraFiles:
 
     def check_used(self, model_dir: Path) -> None:
         """Raises ValueError naming layers that are adapted, but that no `pair` or `delta` was asked for."""
-        unused = sorted(set(self.tensors) - self.used)
+        if self.below:
+            self.below.check_used(model_dir)
+        unused = sorted({*self.tensors, *(f"fields of {layer}" for layer in self.fields)} - self.used)
         if unused:
             raise ValueError(f"{self.directory} adapts layers that {model_dir} does not have: {', '.join(unused[:4])}")

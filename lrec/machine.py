@@ -47,6 +47,23 @@ def peak_bytes(device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def free_bytes(device) -> int:
+    """Bytes that a torch device has left: of a CPU's memory what Linux calls available, elsewhere all there is, and no
+    more than a container's limit leaves."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    found = [about()["memory_bytes"]]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        found += [int(n) * 1024 for n in re.findall(r"^MemAvailable: +(\d+) kB", meminfo.read_text(), re.M)]
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        found.append(int(most) - int(used.read_text()))
+    return max(0, min(found))
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else None

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lrec import anatomy, losses, shapes
+from lrec import anatomy, losses, shapes, trained
 from lrec.ends import keep_stored
 from lrec.head import SLICE_WEIGHTS, output_layer
 from lrec.kernels import native, reference
@@ -45,6 +45,7 @@ class Setup:
     bits: int = 2
     group_size: int = 128
     quantize_embeddings: int | None = None
+    train: str = "adapters"
     lora_r: int = 16
     target_modules: str | list[str] = "all-linear"
     lora_dtype: torch.dtype = torch.float32
@@ -160,7 +161,7 @@ def update_bytes(trained: list[Tensor], setup: Setup) -> int:
 
 
 def adapted_skeleton(config, setup: Setup) -> nn.Module:
-    """The model of a configuration on the meta device, its blocks' linears packed and under adapters.
+    """The model of a configuration on the meta device, its blocks' linears packed and what is trained trainable.
 
     A configuration of a packed model says how each layer is packed; else it is `bits`, `group_size` and
     `quantize_embeddings`.
@@ -176,11 +177,15 @@ def adapted_skeleton(config, setup: Setup) -> nn.Module:
         model = keep_stored(model, setup.stored_dtype)
     checkpointed = setup.checkpointing != "none"
     model = prepare_model_for_training(model, use_gradient_checkpointing=checkpointed)
-    lora = LoraConfig(r=setup.lora_r, target_modules=setup.target_modules, task_type="CAUSAL_LM")
-    model = get_peft_model(model, lora, low_cpu_mem_usage=True).train()
+    kinds = trained.kinds_of(setup.train)
+    if "adapters" in kinds:
+        lora = LoraConfig(r=setup.lora_r, target_modules=setup.target_modules, task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora, low_cpu_mem_usage=True)
+    model.train()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(setup.lora_dtype)
+    trained.start(model, kinds)
     if setup.checkpointing == "split":
         split_blocks(model)
     return model
@@ -232,10 +237,11 @@ def kernel_bytes(device: str) -> int:
 def told(run, model: nn.Module, teacher, config, meter) -> dict:
     """Predicted and measured peak bytes of a training that has run: its `Train`, peft model, teacher, LrecConfig and
     `Meter`. A live teacher's weights are a part."""
-    base = model.get_base_model()
+    base = trained.base_of(model)
     embedding = base.get_input_embeddings()
     dtype = embedding.dtype if isinstance(embedding, PackedModule) else embedding.weight.dtype
     setup = Setup(
+        train=run.train,
         lora_r=run.lora_r,
         target_modules=run.targets(),
         lora_dtype=getattr(torch, run.lora_dtype),
@@ -257,6 +263,8 @@ def told(run, model: nn.Module, teacher, config, meter) -> dict:
     )
     measured = meter.report()
     parts = training(base.config, setup).parts
+    if frozen := sum(_bytes(p) for name, p in model.named_parameters() if ".lora_" in name and not p.requires_grad):
+        parts["adapter below"] = frozen
     live = getattr(teacher, "model", None)
     if live is not None:
         parts["teacher"] = sum(map(_bytes, live.parameters()))

@@ -2,12 +2,12 @@
 
 They *are* an `nn.Linear` and an `nn.Embedding` so that transformers, peft and trl treat them as such; their `weight` is
 a property that decodes, uncached, for the few places that ask. The packed tensors are buffers, `qweight` first (peft
-moves adapters to that buffer's device), so they are saved, loaded and moved like any others, and never trained or
-given gradients.
+moves adapters to that buffer's device), so they are saved, loaded and moved like any others. Codes are never trained;
+floats are where `train_fields` has made parameters of them (see lrec.trained).
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,28 +30,44 @@ class PackedModule(nn.Module):
     """What the layers below share: `packed` is the weight, `spec` its description, `dtype` that of decoded weights."""
 
     visit: Callable[[], None] | None = None  # brings the packed tensors in before they are used, see lrec.offload
+    trained: tuple[str, ...] = ()  # fields that are parameters now
 
     def _hold(self, packed: Packed, dtype: torch.dtype) -> None:
         """Takes over the tensors of `packed` without copying, in the place of the parameter `weight`."""
         del self._parameters["weight"]
-        self.dtype = dtype
-        self.spec = packed.spec()
-        self.key = packed.key
-        self._made = (list(packed.tensors().values()), packed)
-        for name, tensor in packed.tensors().items():
-            self.register_buffer(name, tensor)
+        self.dtype, self.spec = dtype, {"tensors": {}}
+        self.become(packed)
 
     def hold(self, tensors: dict[str, Tensor]) -> None:
         """Other tensors in the place of those held, by field name; nothing here keeps the old ones."""
         self._buffers.update(tensors)
         self._made = (None, None)
 
+    def become(self, packed: Packed) -> None:
+        """Another packed weight of the same shape, frozen, in the place of this one; takes its tensors over."""
+        for name in self.spec["tensors"]:
+            self._buffers.pop(name, None)
+            self._parameters.pop(name, None)
+        self.trained = ()
+        self.spec, self.key = packed.spec(), packed.key
+        self._made = (list(packed.tensors().values()), packed)
+        for name, tensor in packed.tensors().items():
+            self.register_buffer(name, tensor)
+
+    def train_fields(self, fields: Sequence[str]) -> None:
+        """Makes float32 parameters of these trainable fields, which then get gradients."""
+        self.become(self.packed.widened(fields))
+        for name in fields:
+            self._parameters[name] = nn.Parameter(self._buffers.pop(name))
+        self.trained = tuple(fields)
+
     @property
     def packed(self) -> Packed:
-        """The packed weight, a view of the buffers: the same object as long as they are the same."""
+        """The packed weight, a view of the buffers: the same object as long as they are the same. No gradient flows
+        through it into trained fields."""
         tensors, (made_of, packed) = self.op_tensors(), self._made
         if made_of is None or not all(map(operator.is_, tensors, made_of)):
-            packed = formats.build_by_key(tensors, self.key)
+            packed = formats.build_by_key([t.detach() if t.requires_grad else t for t in tensors], self.key)
             self._made = (tensors, packed)
         return packed
 
@@ -74,11 +90,13 @@ class PackedModule(nn.Module):
         """The packed tensors in the order in which the op lrec::matmul takes them."""
         if self.visit is not None:
             self.visit()
-        return [self._buffers[name] for name in self.spec["tensors"]]
+        held = self._buffers | self._parameters if self.trained else self._buffers
+        return [held[name] for name in self.spec["tensors"]]
 
     def _apply(self, fn, recurse=True):
         # `model.to(dtype)` must move scales and tables but never round them: they are part of the stored weight.
         held = {name: self._buffers[name] for name in self.spec["tensors"] if name in self._buffers}
+        trained = {name: self._parameters[name].data for name in self.trained}
         super()._apply(fn, recurse)
         self._made = (None, None)  # keeps nothing alive that was moved away
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
@@ -86,6 +104,10 @@ class PackedModule(nn.Module):
             moved = self._buffers[name]
             if moved.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(moved.device)
+        for name, tensor in trained.items():
+            moved = self._parameters[name]
+            if moved.dtype != tensor.dtype:
+                moved.data = tensor.to(moved.device)
         return self
 
 
@@ -110,7 +132,7 @@ class PackedLinear(PackedModule, nn.Linear):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} columns, but the packed layer has {self.in_features} inputs")
         x_TK = x.reshape(-1, self.in_features)
-        if plain(x):
+        if plain(x) and not (self.trained and torch.is_grad_enabled()):
             y = kernels.multiply(x_TK, self.packed)
         else:  # not `kernels.apply`: it parses the key, which torch.compile cannot trace
             y = torch.ops.lrec.matmul(x_TK, self.op_tensors(), self.key, False)

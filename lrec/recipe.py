@@ -3,13 +3,15 @@
 A script in `recipes/` fills the dataclass and calls `run`; flags and `--config file.yaml` override what it filled in.
 """
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lrec import assembly, checkpoint, load, report
+from lrec import assembly, checkpoint, effort, load, options, report, text
 from lrec.blocks import PassSettings
 from lrec.correction import Train
+from lrec.learning import Learning
 from lrec.options import setting
 from lrec.quantizers import Quantizer
 from lrec.runs import Export, Quantize, Text, total_bytes
@@ -18,7 +20,7 @@ STAGES = ("full precision", "quantized", "corrected")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Learning):
     """Quantize, correct, compare on held-out text, export: one experiment."""
 
     model: str = field(metadata={"help": "full-precision model: local directory, Hub id, or a data/ script"})
@@ -30,12 +32,14 @@ class Recipe:
     max_length: int = setting(512, "tokens in a calibration or evaluation window")
     train_length: int = setting(256, "tokens in a training window")
     test_samples: int = setting(24, "held-out windows")
-    lora_r: int = setting(16, "rank of the adapters")
     teacher_targets: Literal["live", "hidden", "topk"] = setting(
         "live", "the teacher in memory while training, or cached first and then away"
     )
     prompts: str = setting("The history of|Water is|In mathematics, a", "texts to continue side by side, parted by |")
     seed: int = setting(0, "of the choice of text and of the adapters")
+    effort: Literal["quick", "standard", "max"] | None = setting(
+        None, "quick, standard or max: sets what is not given by time, see lrec/effort.py (none: nothing)"
+    )
 
     def run(self, quantizer: Quantizer, config, passing: PassSettings | None = None) -> list[dict]:
         """Runs all stages and prints the table and continuations; `config` is the LrecConfig of the training.
@@ -48,7 +52,7 @@ class Recipe:
         state = PartialState()
         with state.main_process_first():
             self.quantize(quantizer, passing)
-        self.train(config)
+        self.correct(config)
         state.wait_for_everyone()
         if not state.is_main_process:
             return []
@@ -79,9 +83,10 @@ class Recipe:
                 num_samples=self.num_samples,
                 max_length=self.max_length,
                 seed=self.seed,
+                effort=self.effort,
             ).run(quantizer, passing)
 
-    def train(self, config) -> None:
+    def correct(self, config) -> None:
         """Trains the adapter unless it is there."""
         if not (Path(self.path("adapter")) / checkpoint.ADAPTER_STAMP).exists():
             Train(
@@ -91,7 +96,7 @@ class Recipe:
                 dataset=self.train_dataset,
                 num_samples=None,
                 max_length=self.train_length,
-                lora_r=self.lora_r,
+                **self.learning(),
                 teacher_targets=self.teacher_targets,
                 seed=self.seed,
             ).run(config)
@@ -103,6 +108,8 @@ class Recipe:
         tokenizer, packed, adapter = load.tokenizer(self.model), self.path("packed"), self.path("adapter")
         test = Text(dataset=self.test_dataset, num_samples=self.test_samples, max_length=self.max_length)
         ids = test.input_ids(tokenizer, None)
+        seen = replace(test, dataset=self.train_dataset, num_samples=None).input_ids(tokenizer, None)
+        text.warn_overlap(seen, ids, f"{self.train_dataset} (training)", f"{self.test_dataset} (test)")
         seconds = [
             None,
             checkpoint.read_json(Path(packed) / assembly.REPORT)["seconds"],
@@ -116,10 +123,25 @@ class Recipe:
             model = load.model(name, lora)
             states = evaluate.states(model, ids, desc=stage)
             teacher = teacher or (states := states.kept())
-            added = checkpoint.weights_bytes(Path(lora)) if lora else 0
+            added = checkpoint.adapter_bytes(Path(lora)) if lora else 0
             bits = evaluate.bits_per_weight(model, added) or 16.0
             size = {"bits_per_weight": bits, "bytes": total_bytes(name, lora), "seconds": time}
             rows.append({"model": stage, **evaluate.quality(states, ids, teacher), **size})
             for i, continuation in enumerate(evaluate.continuations(model, tokenizer, prompts)):
                 texts[i] += f"\n  {stage:<16}{continuation.strip()!r}"
         return rows, texts
+
+
+def main(argv: list[str], recipe: Recipe, quantizer: Quantizer, config, passing: PassSettings) -> list[dict]:
+    """Runs a recipe as flags, a YAML file and an effort among them change it; the table's rows.
+
+    An effort stands between what the recipe says and what the flags say: it changes the recipe, and flags change it.
+    """
+    values, parts = options.settings(argv), (recipe, quantizer, config, passing)
+    values = effort.spend(values, *parts)
+    recipe, quantizer, config, passing = options.fill(values, *parts)
+    if recipe.effort is not None:
+        per_step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+        chosen = effort.steps(recipe.effort, per_step * recipe.train_length)
+        config = dataclasses.replace(config, **{name: n for name, n in chosen.items() if name not in values})
+    return recipe.run(quantizer, config, passing)

@@ -5,7 +5,7 @@ replaces the tensors of each packed layer by those that the target has for it, a
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -29,13 +29,22 @@ def packed(model_dir: Path) -> dict[str, dict]:
     return {name: entry["spec"] for entry in packed_config(model_dir)["layers"] for name in entry["modules"]}
 
 
-def refuse(model_dir: Path, target: str, reason: Callable[[dict], str | None], instead: str) -> dict[str, dict]:
-    """The kinds of a model whose every layer the target can hold, `reason(spec)` being why it cannot, or None.
+def refuse(
+    model_dir: Path,
+    target: str,
+    reason: Callable[[dict], str | None],
+    instead: str,
+    layers: Collection[str] | None = None,
+) -> dict[str, dict]:
+    """The kinds of a model whose every layer, or of which `layers`, the target can hold, `reason(spec)` being why it
+    cannot, or None.
 
     Raises ValueError naming the first layer for each distinct reason and how many have it; `instead` says what to do.
     """
     specs, found = kinds(model_dir), {}
     for name, spec in specs.items():
+        if layers is not None and name not in layers:
+            continue
         if why := reason(spec):
             found.setdefault(why, []).append(name)
     if found:

@@ -2,10 +2,12 @@
 to report. The command line and the recipes fill them."""
 
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from lrec import checkpoint, export, imports, load, machine, record, text
+from lrec import checkpoint, conversations, effort, export, imports, load, machine, record, text
 from lrec.blocks import Calibration, Pass, PassSettings
 from lrec.capture import Capture, CaptureSettings
 from lrec.options import setting
@@ -49,6 +51,9 @@ class Quantize(Text, Place):
     method: str = setting("gptq", "quantizer: one of the files in lrec/quantizers")
     num_samples: int | None = setting(128, "calibration windows")
     seed: int = setting(0, "of the choice of windows")
+    effort: Literal["quick", "standard", "max"] | None = setting(
+        None, "quick, standard or max: sets what is not set here by time, see lrec/effort.py (none: nothing)"
+    )
 
     def run(self, quantizer: Quantizer, settings: PassSettings | None = None, about: dict | None = None) -> dict:
         """Quantizes into `output_dir`; a run that was interrupted goes on. Returns the report.
@@ -57,6 +62,10 @@ class Quantize(Text, Place):
         """
         device = load.device_of(self.device)
         dtype = load.dtype_of(self.dtype, device)
+        if self.effort is not None:
+            tokens = {name: chosen["num_samples"] * self.max_length for name, chosen in effort.QUANTIZE.items()}
+            tokens[self.effort] = (self.num_samples or 0) * self.max_length
+            effort.check_fits(self.effort, self.model, tokens, quantizer.bits, self.device, Path(self.output_dir))
         calibration = self.calibration()
         trim()  # text and tokenizer go before the model comes
         streamed = StreamedModel(text.model_path(self.model), dtype, device)
@@ -109,6 +118,7 @@ class Evaluate(Text, Place):
     teacher: str | None = setting(None, "full-precision model to compare with")
     num_samples: int | None = setting(24, "evaluation windows, spaced evenly over the text")
     batch_size: int = setting(4, "windows in a forward pass")
+    rows: bool = setting(False, "the dataset's rows as those of a task: the loss of what answers, as in `lrec train`")
     activation_bits: int | None = setting(None, "8: activations are rounded, as by LREC_ACTIVATION_BITS=8")
     record: bool = setting(False, "keep the result beside the weights, for the card that `lrec push` makes")
 
@@ -124,15 +134,20 @@ class Evaluate(Text, Place):
         tokenizer = load.tokenizer(self.model)
         if self.teacher:
             check_tokenizers(load.tokenizer(self.teacher), tokenizer)
-        ids = self.input_ids(tokenizer, None)
+        if self.rows:
+            ids, labels = conversations.read(self.dataset, tokenizer, self.num_samples, None, self.max_length)
+        else:
+            ids = self.input_ids(tokenizer, None)
+            self.warn_of_seen_text()
         start = time.monotonic()
         model = load.model(self.model, self.adapter, self.device, self.dtype)
-        targets = None
-        if self.teacher:
-            teacher = load.model(self.teacher, None, self.device, self.dtype)
-            targets = evaluate.states(teacher, ids, self.batch_size, "teacher")
-        found = evaluate.quality(evaluate.states(model, ids, self.batch_size), ids, targets, self.batch_size)
-        added = checkpoint.weights_bytes(Path(self.adapter)) if self.adapter else 0
+        teacher = self.teacher and load.model(self.teacher, None, self.device, self.dtype)
+        if self.rows:
+            found = evaluate.rows_quality(model, ids, labels, teacher)
+        else:
+            targets = teacher and evaluate.states(teacher, ids, self.batch_size, "teacher")
+            found = evaluate.quality(evaluate.states(model, ids, self.batch_size), ids, targets, self.batch_size)
+        added = checkpoint.adapter_bytes(Path(self.adapter)) if self.adapter else 0
         size = {
             "bits_per_weight": evaluate.bits_per_weight(model, added),
             "total_bytes": total_bytes(self.model, self.adapter),
@@ -141,6 +156,15 @@ class Evaluate(Text, Place):
             asked = {"dataset": self.dataset, "num_samples": len(ids), "max_length": self.max_length}
             record.add(place, asked | {"teacher": self.teacher} | found | size)
         return found | size | {"seconds": round(time.monotonic() - start, 2)}
+
+    def warn_of_seen_text(self) -> None:
+        """Warns if the text is what model or adapter were made with, as they tell."""
+        manifest = text.model_path(self.model) / checkpoint.MANIFEST
+        packed = checkpoint.read_json(manifest) if manifest.exists() else {}
+        stamp = checkpoint.read_stamp(Path(self.adapter)) if self.adapter else {}
+        seen = {"calibrated with": (packed.get("calibration") or {}).get("dataset"), "trained on": stamp.get("dataset")}
+        if found := " and ".join(how for how, dataset in seen.items() if dataset == self.dataset):
+            warnings.warn(f"the model was {found} {self.dataset}: figures on it say little of other text", stacklevel=2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -38,16 +39,42 @@ def documents(dataset: str) -> list[str]:
     The text is the column `text`, or else the only column of strings. Raises ValueError if there is neither, or if
     nothing goes by that name.
     """
+    import pyarrow
+
+    found = _find(dataset)
+    if isinstance(found, re.Match):
+        return _texts(_hub_table(*found.groups(default="")), found[1])
+    if found.suffix == ".txt":
+        return [found.read_text(encoding="utf-8")]
+    table = _parquet(found) if found.suffix == ".parquet" else pyarrow.Table.from_pylist(_json_rows(found))
+    return _texts(table, str(found))
+
+
+def rows(dataset: str) -> list[dict]:
+    """The rows of a dataset, in order, with all their columns; a .txt file is one row, `text`.
+
+    Raises ValueError if nothing goes by that name.
+    """
+    found = _find(dataset)
+    if isinstance(found, re.Match):
+        return _hub_table(*found.groups(default="")).to_pylist()
+    if found.suffix == ".txt":
+        return [{"text": found.read_text(encoding="utf-8")}]
+    return _parquet(found).to_pylist() if found.suffix == ".parquet" else _json_rows(found)
+
+
+def _find(dataset: str) -> Path | re.Match:
+    """The file of a dataset, made by its script on first use, or the parts of a Hub id (name, config, split)."""
     path = Path(dataset).expanduser()
     if path.suffix in (".txt", ".jsonl", ".parquet"):
         if not path.is_file():
             raise ValueError(f"dataset {dataset!r}: there is no such file (working folder: {Path.cwd()}).")
-        return _file_documents(path)
+        return path
     name, _, split = dataset.partition(":")
     if name in _scripts(TEXT_SCRIPT):
-        return _file_documents(data_path(name, *filter(None, [split])))
+        return data_path(name, *filter(None, [split]))
     if match := HUB_DATASET.fullmatch(dataset):
-        return _hub_documents(*match.groups(default=""))
+        return match
     raise ValueError(
         f"{nearest(name, _scripts(TEXT_SCRIPT), 'dataset')} A dataset is one of these, a .txt, .jsonl or .parquet "
         "file, or a Hub id OWNER/NAME[[:CONFIG]:SPLIT]."
@@ -122,6 +149,26 @@ def windows(
     return cut[torch.randperm(num_windows, generator=torch.Generator().manual_seed(seed))[:num_samples]]
 
 
+def overlap(seen_BL: Tensor, held_out_BL: Tensor, run: int = 24) -> float:
+    """The share of the runs of `run` tokens in the held-out windows that the seen windows contain too, in any place.
+
+    Runs are told apart by a polynomial modulo 2^64 in their tokens, whose collisions do not matter to a share."""
+    run = min(run, seen_BL.shape[1], held_out_BL.shape[1])
+    base = torch.full((run,), 6364136223846793005).cumprod(0)  # wraps around
+    seen, held_out = ((ids.long().unfold(1, run, 1) * base).sum(-1).unique() for ids in (seen_BL, held_out_BL))
+    return float(torch.isin(held_out, seen).double().mean())
+
+
+def warn_overlap(seen_BL: Tensor, held_out_BL: Tensor, seen: str, held_out: str) -> None:
+    """Warns if more than one per cent of the held-out text was seen; the strings say whose text it is."""
+    share = overlap(seen_BL, held_out_BL)
+    if share > 0.01:
+        warnings.warn(
+            f"{share:.0%} of the text of {held_out} is also in {seen}: figures on it say little of other text",
+            stacklevel=2,
+        )
+
+
 def data_path(name: str, *split: str) -> Path:
     """What the script `data/<name>.py` makes: the file of a split, or a model's folder. Fetched on first use."""
     script = {**_scripts(MODEL_SCRIPT), **_scripts(TEXT_SCRIPT)}[name]
@@ -141,40 +188,39 @@ def _scripts(kind: str) -> dict[str, Path]:
     return {file.stem: file for file in files if kind in file.read_text(encoding="utf-8")}
 
 
-def _file_documents(path: Path) -> list[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    if path.suffix == ".txt":
-        return [path.read_text(encoding="utf-8")]
-    if path.suffix == ".parquet":
-        return _texts(pyarrow.parquet.read_table(path), str(path))
-    rows = []
+def _json_rows(path: Path) -> list[dict]:
+    found = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                rows.append(json.loads(line))
+                found.append(json.loads(line))
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{path}, line {number}: {error}. A .jsonl file has one JSON object a line."
                 ) from error
-    return _texts(pyarrow.Table.from_pylist(rows), str(path))
+    return found
 
 
-def _hub_documents(name: str, config: str, split: str) -> list[str]:
+def _parquet(path: Path):
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path)
+
+
+def _hub_table(name: str, config: str, split: str):
     import pyarrow
     from datasets import load_dataset
 
     try:
-        if rows := ROWS.fullmatch(split):
+        if part := ROWS.fullmatch(split):
             # Streamed, because a slice of C4 must not fetch its 300 GB.
-            first, last = int(rows[2] or 0), int(rows[3])
-            dataset = load_dataset(name, config or None, split=rows[1], streaming=True)
-            return _texts(pyarrow.Table.from_pylist(list(dataset.skip(first).take(last - first))), name)
+            first, last = int(part[2] or 0), int(part[3])
+            dataset = load_dataset(name, config or None, split=part[1], streaming=True)
+            return pyarrow.Table.from_pylist(list(dataset.skip(first).take(last - first)))
         dataset = load_dataset(name, config or None, split=split or "train")
     except OSError as error:
         raise _not_fetched("dataset", name, error) from error
-    return _texts(dataset.with_format("arrow")[:], name)
+    return dataset.with_format("arrow")[:]
 
 
 def _hub_model(name: str, revision: str | None) -> Path:

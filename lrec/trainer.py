@@ -7,22 +7,29 @@ also sends an anonymous usage count unless HF_HUB_DISABLE_TELEMETRY=1 or HF_HUB_
 """
 
 import math
+import time
 import warnings
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
+from lrec import trained
 from lrec.cpu_embeddings import keep_on_cpu
 from lrec.head import Head, output_layer, verify_head
+from lrec.load import activate
 from lrec.losses import DIVERGENCES, Objective, divergence, shift_labels
 from lrec.optimizers import OneByOne
 from lrec.step import SplitBlocks, StepConfig
 from lrec.teacher import LiveTeacher, Teacher, final_hidden
+from lrec.watch import DivergedError, Watch, first_not_finite, kept_best
 
 
 @dataclass
@@ -52,8 +59,15 @@ class LrecConfig(StepConfig):
         default=None, metadata={"help": "Tokens whose logits are made at once (none: 12 MB of them)."}
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "The peak learning rate of the adapters."})
+    scales_learning_rate: float = field(
+        default=2e-3,
+        metadata={"help": "That of trained scales and zeros, as a share of their size (root mean square) per step."},
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up, in steps, or below 1 as a share of them."})
+    patience: int | None = field(
+        default=3, metadata={"help": "Stop after so many evaluations in a row without a better one (none: never)."}
+    )
     resume_from_checkpoint: bool | str | None = field(
         default=None, metadata={"help": "Go on from the last checkpoint in output_dir (true), or from one by its path."}
     )
@@ -64,11 +78,20 @@ class LrecConfig(StepConfig):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.eval_steps:
+            self._evaluate_and_keep_best()
         with warnings.catch_warnings():
             # trl's own default of gradient_checkpointing goes by a name that transformers 5.23 warns about.
             warnings.filterwarnings("ignore", ".*checkpointing.*deprecated", FutureWarning)
             super().__post_init__()
         self.objective()
+
+    def _evaluate_and_keep_best(self) -> None:
+        # A checkpoint at every evaluation; of them the best is kept, and the last to go on from.
+        self.eval_strategy = self.save_strategy = "steps"
+        self.save_steps, self.load_best_model_at_end, self.greater_is_better = self.eval_steps, True, False
+        self.metric_for_best_model = "eval_kl" if self.kl_weight else "eval_loss"
+        self.save_total_limit = self.save_total_limit or 1
 
     def objective(self) -> Objective:
         """The part of this that is the loss, as it is at the first step."""
@@ -111,8 +134,10 @@ class LrecTrainer(SFTTrainer):
             )
         super().__init__(model, args, **kwargs)
         args.check_machine(self.accelerator.device, self.accelerator.num_processes)
-        self.add_callback(_FiniteGradients())
+        self.add_callback(Watch())
         self.add_callback(SplitBlocks())
+        if args.patience and args.load_best_model_at_end:
+            self.add_callback(EarlyStoppingCallback(args.patience))
         # Counts target tokens over a whole optimizer step for any model, whatever its forward accepts.
         self.model_accepts_loss_kwargs = True
         self.objective = args.objective()
@@ -125,7 +150,21 @@ class LrecTrainer(SFTTrainer):
             self._check_vocabulary()
             ready = isinstance(self.train_dataset, Dataset) and "input_ids" in self.train_dataset.column_names
             self.teacher.check(self.objective, self.train_dataset["input_ids"] if ready else [])
+            if ready and isinstance(self.eval_dataset, Dataset):
+                self.teacher.check(self.objective, self.eval_dataset["input_ids"])
             self.teacher.to(self.accelerator.device)
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        """As transformers does it; a training that diverges ends with the best checkpoint, if there is one."""
+        start = time.monotonic()
+        try:
+            return super().train(*args, **kwargs)
+        except DivergedError as error:
+            kept_best(error, self.state.best_model_checkpoint)
+            self._load_best_model()
+            losses = [row["loss"] for row in self.state.log_history if "loss" in row]
+            metrics = {"train_runtime": time.monotonic() - start, "diverged": str(error)}
+            return TrainOutput(self.state.global_step, sum(losses) / max(len(losses), 1), metrics)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean of L over target tokens: those of the whole optimizer step if `num_items_in_batch` tells them."""
@@ -148,19 +187,45 @@ class LrecTrainer(SFTTrainer):
         return (loss, means) if return_outputs else loss
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """The optimizer that `optim` names. It steps one parameter at a time, see `lrec.optimizers`, if gradients are
-        applied in backward or adapters are in bfloat16."""
+        """The optimizer that `optim` names; trained scales and zeros have rates of their own. It steps one parameter at
+        a time, see `lrec.optimizers`, if gradients are applied in backward or adapters are in bfloat16."""
         optimizer = super().create_optimizer(model)
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        if self.args.fused_backward or any(p.dtype == torch.bfloat16 for p in trained):
+        own = trained.parameter_groups(self.model, self.args.scales_learning_rate)
+        taken = {id(p) for group in own for p in group["params"]}
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in taken]
+        for group in own:
+            optimizer.add_param_group(group)
+        if self.args.fused_backward or any(
+            p.dtype == torch.bfloat16 for p in self.model.parameters() if p.requires_grad
+        ):
             self.optimizer = OneByOne(optimizer)
             if self.args.fused_backward:
                 self.optimizer.fuse()
         return self.optimizer
 
-    def _load_from_checkpoint(self, *args, **kwargs) -> None:
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        # Of a base without adapters only what was trained is saved.
+        if isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            trained.save(self.model, Path(output_dir or self.args.output_dir))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if not isinstance(self.model, PeftModel):
+            trained.load(self.model, Path(resume_from_checkpoint))
+            return
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        super()._load_from_checkpoint(*args, **kwargs)
+        names = self.model.active_adapters
+        if len(names) > 1:
+            # transformers makes one adapter active, and takes it for the trained one.
+            self.model.set_adapter("default")
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if len(names) > 1:
+            activate(self.model, names, learning="default")
         # peft widens adapters that it loads to float32.
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])
@@ -182,7 +247,7 @@ class LrecTrainer(SFTTrainer):
         parts = torch.stack([total.kl, total.ce, total.hidden, *seen])
         *sums, num_tokens, num_seen = self.accelerator.reduce(parts).tolist()
         if not math.isfinite(sum(sums)):
-            raise ValueError(self._where_not_finite(batch))
+            raise DivergedError(self._where_not_finite(batch))
         terms = {name: value / max(num_tokens, 1) for name, value in zip(("kl", "ce", "hidden"), sums, strict=True)}
         means = {name: value for name, value in terms.items() if getattr(self.objective, f"{name}_weight")}
         for name, value in means.items():
@@ -205,7 +270,7 @@ class LrecTrainer(SFTTrainer):
     def _check_trainable(self) -> None:
         if any(p.requires_grad for p in output_layer(self.model).parameters()):
             raise ValueError(
-                "the head is trainable, but only adapters are trained: pass peft_config=, or freeze the base"
+                "the head is trainable, but only adapters, scales and zeros are: pass peft_config=, or freeze the base"
             )
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError("nothing is trainable: pass peft_config=, or a peft model loaded with is_trainable=True")
@@ -217,36 +282,3 @@ class LrecTrainer(SFTTrainer):
                 f"the teacher has {self.teacher.vocab_size} logits and the model {vocab_size}; "
                 "use the model that this one was quantized from"
             )
-
-
-class _FiniteGradients(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        # Under fp16 the gradient scaler skips such steps by itself.
-        grads = [] if args.fp16 else [p.grad for p in model.parameters() if p.grad is not None]
-        if grads and not torch.stack([g.isfinite().all() for g in grads]).all():
-            raise ValueError(
-                f"the gradient is not finite at step {state.global_step + 1}; training stopped and nothing was saved "
-                "since the last checkpoint. Lower learning_rate, or train in bf16 or fp32"
-            )
-
-
-@torch.no_grad()
-def first_not_finite(model: nn.Module, batch: dict[str, Tensor]) -> str | None:
-    """Name of the first module to run whose output holds NaN or infinity; None if there is none."""
-    found: list[str] = []
-
-    def hook_for(name):
-        def hook(module, args, output):
-            tensors = torch.utils._pytree.tree_leaves(output)
-            if not all(t.isfinite().all() for t in tensors if isinstance(t, Tensor) and t.is_floating_point()):
-                found.append(name)
-
-        return hook
-
-    handles = [module.register_forward_hook(hook_for(name)) for name, module in model.named_modules()]
-    try:
-        final_hidden(model, **batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None

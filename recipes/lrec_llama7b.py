@@ -9,10 +9,9 @@ about 18 GB. Measured: not yet on a 7B; the same code is measured in lrec_smollm
 
 import sys
 
-from lrec import options
 from lrec.blocks import PassSettings
 from lrec.quantizers.gptq import GPTQ
-from lrec.recipe import Recipe
+from lrec.recipe import Recipe, main
 from lrec.trainer import LrecConfig
 
 recipe = Recipe(
@@ -36,5 +35,4 @@ training = LrecConfig(
 )
 
 if __name__ == "__main__":
-    parts = options.fill(options.settings(sys.argv[1:]), recipe, quantizer, training, passing)
-    parts[0].run(*parts[1:])
+    main(sys.argv[1:], recipe, quantizer, training, passing)

@@ -8,10 +8,9 @@ Measured (Intel Xeon, 2 cores, 2026-11-25, 6 min 48 s): KL to the teacher 2.171 
 
 import sys
 
-from lrec import options
 from lrec.blocks import PassSettings
 from lrec.quantizers.gptq import GPTQ
-from lrec.recipe import Recipe
+from lrec.recipe import Recipe, main
 from lrec.trainer import LrecConfig
 
 recipe = Recipe(
@@ -32,5 +31,4 @@ training = LrecConfig(
 )
 
 if __name__ == "__main__":
-    parts = options.fill(options.settings(sys.argv[1:]), recipe, quantizer, training, passing)
-    parts[0].run(*parts[1:])
+    main(sys.argv[1:], recipe, quantizer, training, passing)

@@ -2,10 +2,12 @@
 
 Its base is the *quantized* model, since an adapter that corrects 2-bit errors is wrong on anything else; the stamp
 `lrec_adapter.json`, repeated in the header of the weights, holds the hash of the packed weights, which is checked
-whenever peft loads the adapter onto a packed model.
+whenever peft loads the adapter onto a packed model. The adapter of a task on top of a correction comes out with it, as
+one LoRA of both ranks.
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -13,9 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lrec import card, checkpoint, text
+from lrec import card, checkpoint, text, trained
 from lrec.export import Export
+from lrec.lora_files import LoraFiles
 from lrec.options import setting
+from lrec.rewrite import kinds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +39,23 @@ class Adapter(Export):
                 "to export the base alone use --format merged"
             )
         base = checkpoint.read_json(model_dir / "config.json").get("quantization_config", {}).get("meta", {})
-        stamp = checkpoint.without_folders(checkpoint.check_stamp(adapter_dir, base.get("packed_sha256")))
+        stamp = checkpoint.check_stamp(adapter_dir, base.get("packed_sha256"))
+        if trained.read(adapter_dir, stamp):
+            shutil.copyfile(adapter_dir / checkpoint.BASE_TENSORS, output_dir / checkpoint.BASE_TENSORS)
         config = checkpoint.read_json(adapter_dir / "adapter_config.json")
+        if below := checkpoint.correction_of(adapter_dir):
+            config, tensors = joined(LoraFiles(adapter_dir, base.get("packed_sha256")), config, below, model_dir)
+            stamp = {key: value for key, value in stamp.items() if key != "correction_sha256"}
+        else:
+            checkpoint.check_correction(adapter_dir, stamp, [])
+            with checkpoint.open_tensors(adapter_dir / checkpoint.ADAPTER_WEIGHTS) as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is not a dict)
+        stamp = checkpoint.without_folders(stamp)
         name, revision = text.origin(model_dir)
         if self.base is not None:
             name, revision = self.base, None
         config |= {"base_model_name_or_path": name, "revision": self.revision or revision}
         checkpoint.write_json(output_dir / "adapter_config.json", config)
-        with checkpoint.open_tensors(adapter_dir / "adapter_model.safetensors") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is not a dict)
         header = {checkpoint.STAMP_KEY: json.dumps({k: v for k, v in stamp.items() if k != "history"})}
         checkpoint.write_tensors(output_dir / "adapter_model.safetensors", tensors, header if stamp else None)
         checkpoint.write_json(output_dir / checkpoint.ADAPTER_STAMP, stamp)
@@ -61,3 +73,21 @@ class Adapter(Export):
 
         base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         return PeftModel.from_pretrained(base, output_dir)(ids).logits
+
+
+def joined(adapter: LoraFiles, config: dict, below: Path, model_dir: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Configuration and weights of one plain LoRA that is an adapter and the one below it: their ranks add up.
+
+    Raises ValueError if either names its targets by a pattern.
+    """
+    targets = [config["target_modules"], checkpoint.read_json(below / "adapter_config.json")["target_modules"]]
+    if not all(isinstance(names, list) for names in targets):
+        raise ValueError(f"{adapter.directory} and {below} cannot be joined: target_modules must be lists of names")
+    tensors = {}
+    for layer in kinds(model_dir):
+        if pair := adapter.pair(layer):
+            tensors |= {f"base_model.model.{layer}.lora_{half}.weight": t for half, t in zip("AB", pair, strict=True)}
+        adapter.used.add(f"fields of {layer}")  # which go along in their own file
+    adapter.check_used(model_dir)
+    ranks = {"r": adapter.rank, "lora_alpha": adapter.rank, "use_rslora": False}
+    return config | ranks | {"target_modules": sorted({*targets[0], *targets[1]})}, tensors

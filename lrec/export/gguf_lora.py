@@ -36,6 +36,11 @@ class GgufLora(Export):
                 "--format gguf-lora needs --adapter, the directory that `lrec train` wrote; the base is --format gguf"
             )
         adapter = LoraFiles(adapter_dir, packed_config(model_dir).get("meta", {}).get("packed_sha256"))
+        if adapter.fields:
+            raise ValueError(
+                f"gguf-lora holds low-rank factors alone, but {adapter_dir} has trained scales and zeros of the base "
+                "too; fold those in first (--format packed), or use --format merged"
+            )
         config = AutoConfig.from_pretrained(model_dir)
         names = Names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type), config)
         writer = start(output_dir / "adapter.gguf", names, model_dir)

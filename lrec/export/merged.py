@@ -33,7 +33,7 @@ class Merged(Export):
 
         def dense(name: str, packed: Packed) -> dict[str, Tensor]:
             delta = adapter.delta(name) if adapter else None
-            weight = packed.unpack()
+            weight = (adapter.packed(name, packed) if adapter else packed).unpack()
             return {"weight": weight if delta is None else weight + delta}
 
         rewrite.rewrite(streamed, output_dir, dense, self.dtype)

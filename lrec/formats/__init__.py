@@ -10,13 +10,17 @@ P bit planes, R rank, V vocabulary, O outliers. A weight is `w_NK`, oriented lik
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lrec import registry
+
+GRADIENT_WEIGHTS = 2**20  # of the gradient of a decoded weight, made at once
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -24,8 +28,11 @@ class Packed:
     """A weight of shape (N, K) in packed storage.
 
     Fields typed Tensor (or Tensor | None) are stored; all other fields are plain JSON values and form the spec.
-    The first tensor field of every format is `qweight`.
+    The first tensor field of every format is `qweight`. `TRAINED` names the float fields that `lrec train --train` can
+    train, by kind.
     """
+
+    TRAINED: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     shape: tuple[int, int]
     qweight: Tensor
@@ -73,6 +80,45 @@ class Packed:
         """The same weight on another device."""
         return dataclasses.replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
 
+    def updated(self, tensors: dict[str, Tensor]) -> "Packed":
+        """The same weight with other tensors in these fields."""
+        return dataclasses.replace(self, **tensors)
+
+    def trainable(self, kinds: Sequence[str]) -> tuple[str, ...]:
+        """The fields of these kinds that can be trained; those that are absent or hold codes are left out."""
+        held = {name: tensor for name, tensor in self.tensors().items() if tensor.is_floating_point()}
+        return tuple(name for kind in kinds for name in self.TRAINED.get(kind, ()) if name in held)
+
+    def widened(self, fields: Sequence[str]) -> "Packed":
+        """The same weight, value for value, with these trainable fields in float32."""
+        return self.updated({name: getattr(self, name).float() for name in fields})
+
+    def narrowed(self, fields: Sequence[str], spec: dict, scale_bits: int | None) -> "Packed":
+        """The weight with these fields as `spec`, that of the weight before `widened`, stored them: rounded to it.
+        `scale_bits` asks for 8 or 16 bits, where the format has both."""
+        return self.updated({name: getattr(self, name).to(getattr(torch, spec["tensors"][name][0])) for name in fields})
+
+    def kept_input(self, x_TK: Tensor, fields: Sequence[str]) -> Tensor:
+        """What of the input of x W^T `gradients` of these fields need."""
+        return x_TK
+
+    def gradients(self, dy_TN: Tensor, kept: Tensor, fields: Sequence[str]) -> list[Tensor]:
+        """The gradients of sum(dy * x W^T) in these fields, float32 in `widened` form; `kept` is `kept_input(x)`.
+
+        dW = dy^T x is made by slices of rows, so that nothing of size N*K exists.
+        """
+        leaves = [getattr(self, name).detach().requires_grad_() for name in fields]
+        leaf = dataclasses.replace(self, **dict(zip(fields, leaves, strict=True)))
+        sums = [torch.zeros_like(tensor) for tensor in leaves]
+        for rows in row_slices(*self.shape):
+            dw_nK = (dy_TN[:, rows].t() @ kept).float()
+            with torch.enable_grad():
+                w_nK = leaf.unpack(rows)
+            parts = torch.autograd.grad(w_nK, leaves, dw_nK)
+            for total, part in zip(sums, parts, strict=True):
+                total += part
+        return sums
+
 
 Base = Packed
 
@@ -81,6 +127,13 @@ Base = Packed
 def tensor_fields(cls: type) -> tuple[str, ...]:
     """Names of the fields of a format that hold tensors, `qweight` first."""
     return tuple(f.name for f in dataclasses.fields(cls) if f.type in (Tensor, Tensor | None))
+
+
+def row_slices(N: int, K: int) -> list[slice]:
+    """Runs of rows of at most `GRADIENT_WEIGHTS` weights, in multiples of 32 where they are more than that."""
+    step = max(1, GRADIENT_WEIGHTS // K)
+    step = step // 32 * 32 or step
+    return [slice(start, min(start + step, N)) for start in range(0, N, step)]
 
 
 def build(tensors: dict[str, Tensor] | list[Tensor], spec: dict) -> Packed:

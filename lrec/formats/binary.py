@@ -5,6 +5,7 @@ spaced, so an asymmetric uniform grid is the special case.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class Binary(Packed):
     alpha:   float (N, G, P), G = ceil(K / group_size).
     offset:  float (N, G).
     """
+
+    TRAINED: ClassVar[dict[str, tuple[str, ...]]] = {"scales": ("alpha",)}
 
     group_size: int
     qweight: Tensor

@@ -8,6 +8,7 @@ QLoRA section 3).
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class Codebook(Packed):
     scale_scale:  float32 (ceil(B / 256),), where scale is uint8.
     scale_offset: float32 (1,), where scale is uint8.
     """
+
+    TRAINED: ClassVar[dict[str, tuple[str, ...]]] = {"scales": ("table", "scale")}
 
     bits: int
     group_size: int

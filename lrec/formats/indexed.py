@@ -1,6 +1,7 @@
 """Uniform integers whose columns name their group: act-order checkpoints, where groups are not runs of columns."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ class Indexed(Packed):
     zero:    None: symmetric, zero = 2^(bits-1); or int32 (G, ceil(N/32) * bits), as in `uniform`.
     group:   int32 (K,), each below G.
     """
+
+    TRAINED: ClassVar[dict[str, tuple[str, ...]]] = {"scales": ("scale",)}
 
     bits: int
     qweight: Tensor

@@ -15,6 +15,7 @@ each by one prefix sum, whatever K is. (Starts per row would cost 0.056 bits per
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class Outlier(Packed):
     table:   float (N, 2, L), or None.
     scale, base: float (N, 2), or None.
     """
+
+    TRAINED: ClassVar[dict[str, tuple[str, ...]]] = {"scales": ("table", "scale", "base")}
 
     bits: int
     index_bits: int

@@ -5,6 +5,7 @@ Which channels are salient is one mask for the whole layer, so it costs one bit 
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -24,6 +25,8 @@ class Salient(Packed):
     salient_scale, scale, offset: float (N,); column: float (M,).
     salient_zero: int32 (ceil(N / 32) * 4,), integers 0 to 15 packed as codes.
     """
+
+    TRAINED: ClassVar[dict[str, tuple[str, ...]]] = {"scales": ("salient_scale", "scale", "column")}
 
     num_salient: int
     qweight: Tensor

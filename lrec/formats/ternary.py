@@ -1,6 +1,7 @@
 """Ternary weights: w = scale * t with t in {-1, 0, 1}, five to a byte (3^5 = 243 <= 256), 1.6 bits each."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ class Ternary(Packed):
     qweight: uint8 (N, ceil(K / 5)), byte i of a row is sum_j (t[5 i + j] + 1) * 3^j; a short last one is filled with 0.
     scale:   float (N, G), G = ceil(K / group_size).
     """
+
+    TRAINED: ClassVar[dict[str, tuple[str, ...]]] = {"scales": ("scale",)}
 
     group_size: int
     qweight: Tensor

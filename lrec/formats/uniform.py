@@ -11,12 +11,14 @@ which costs next to nothing even where rows are short; a zero is a fixed-point n
 wants floats decodes them once. A quantizer rounds to these numbers before it chooses codes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lrec.formats import Packed, pack_codes, unpack_codes
+from lrec.formats import Packed, pack_codes, row_slices, unpack_codes
 
 WIDTHS = (2, 3, 4, 8)
 SCALE_WIDTHS = (8, 16)
@@ -38,6 +40,8 @@ class Uniform(Packed):
              stored transposed like qweight and, in its version 1, less one).
     scale_exponent: int8 (ceil(N/32),), where scale is uint8.
     """
+
+    TRAINED: ClassVar[dict[str, tuple[str, ...]]] = {"scales": ("scale",), "zeros": ("zero",)}
 
     bits: int
     group_size: int
@@ -133,6 +137,66 @@ class Uniform(Packed):
         words = self.zero[:, first * self.bits : last * self.bits]
         codes = unpack_codes(words, self.bits, (last - first) * RUN)
         return codes[:, start - first * RUN : stop - first * RUN].t().float()
+
+    def updated(self, tensors: dict[str, Tensor]) -> "Uniform":
+        """See `Packed.updated`; scales that are floats have no exponent."""
+        floats = "scale" in tensors and tensors["scale"].is_floating_point()
+        return replace(self, **({"scale_exponent": None} if floats else {}) | tensors)
+
+    def trainable(self, kinds: Sequence[str]) -> tuple[str, ...]:
+        """See `Packed.trainable`: any scales and zeros but those that a symmetric grid does not store."""
+        return tuple(name for kind in kinds for name in self.TRAINED.get(kind, ()) if getattr(self, name) is not None)
+
+    def widened(self, fields: Sequence[str]) -> "Uniform":
+        """See `Packed.widened`; where scales have 8 bits, they and a zero of 8 bits become floats together."""
+        wide = {name: getattr(self, f"{name}s")() for name in fields}
+        if self.scale.dtype == torch.uint8:
+            wide = {"scale": self.scales()} | wide
+        if self.zero is not None and self.zero.dtype == torch.uint8:
+            wide = {"zero": self.zeros()} | wide
+        # Kernels read rows; packed zeros are decoded by columns.
+        return self.updated({name: tensor.contiguous() for name, tensor in wide.items()})
+
+    def narrowed(self, fields: Sequence[str], spec: dict, scale_bits: int | None) -> "Uniform":
+        """See `Packed.narrowed`: 8 bits if that is what the scales had or is asked for, else float16. Zeros that were
+        trained are no integers any more; those that were not stay as they are. Codes of 8 bits are finer than scales
+        of 8 bits, so they get float16."""
+        eight = spec["tensors"]["scale"][0] == "uint8"
+        if self.bits == 8 or (scale_bits or (8 if eight else 16)) == 16:
+            floats = ("scale", "zero") if eight else fields
+            held = {name: getattr(self, name) for name in floats}
+            return self.updated({n: t.half() for n, t in held.items() if t is not None and t.is_floating_point()})
+        exponent = exponents(self.scales())
+        made = {"scale": _encode_scales(round_scales(self.scales(), exponent), exponent), "scale_exponent": exponent}
+        if self.zero is not None and self.zero.is_floating_point():
+            made["zero"] = _encode_zeros(round_zeros(self.zeros(), self.bits), self.bits)
+        return self.updated(made)
+
+    def kept_input(self, x_TK: Tensor, fields: Sequence[str]) -> Tensor:
+        """See `Packed.kept_input`: zeros alone need no more of x than its sum over each group, (T, G)."""
+        return x_TK if "scale" in fields else _sum_groups(x_TK, self.group_size)
+
+    def gradients(self, dy_TN: Tensor, kept: Tensor, fields: Sequence[str]) -> list[Tensor]:
+        """See `Packed.gradients`. With D = dy^T x: dzero = -scale * sum D over the group, which is dy^T times the
+        group's sum of x; dscale = sum D * (q - zero)."""
+        if "scale" not in fields:
+            return [(dy_TN.t() @ kept).float().mul_(self.scales()).neg_()]
+        found = {"scale": torch.empty_like(self.scales()), "zero": torch.empty_like(self.scales())}
+        for rows in row_slices(*self.shape):
+            dw_nK = (dy_TN[:, rows].t() @ kept).float()
+            total_nG, zero_nG = _sum_groups(dw_nK, self.group_size), self.zeros(rows)
+            torch.mul(total_nG, self.scales(rows), out=found["zero"][rows]).neg_()
+            weighted_nG = _sum_groups(dw_nK.mul_(self.codes(rows)), self.group_size)
+            torch.addcmul(weighted_nG, total_nG, zero_nG, value=-1, out=found["scale"][rows])
+        return [found[name] for name in fields]
+
+
+def _sum_groups(values: Tensor, group_size: int) -> Tensor:
+    """(n, K) summed over each group of columns, (n, G); the last group may be short."""
+    K = values.shape[1]
+    whole = K - K % group_size
+    sums = values[:, :whole].unflatten(1, (-1, group_size)).sum(2)
+    return sums if whole == K else torch.cat([sums, values[:, whole:].sum(1, keepdim=True)], 1)
 
 
 def per_row(value_R: Tensor, N: int) -> Tensor:

@@ -2,8 +2,9 @@
 
 peft takes a `PackedLinear` for the `nn.Linear` it is, and is right about everything but one thing: it would merge an
 adapter by adding to `weight`, which here is a copy that nobody keeps. So peft is taught, when it is imported, to put
-`LoraPackedLinear` there instead. Its forward pass, y = base(x) + scaling * B A dropout(x), is `lrec.lora`'s for one
-plain adapter, which keeps x itself and A x for backward, and peft's own for all else.
+`LoraPackedLinear` there instead. Its forward pass, y = base(x) + scaling * B A dropout(x), is `lrec.lora`'s for a
+plain adapter, which keeps x itself and A x for backward. Others below it that are plain, as a frozen correction is
+under the adapter of a task, are added to that, and keep nothing if they are frozen. All else is peft's own.
 """
 
 import functools
@@ -15,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lrec.lora import lora_linear
+from lrec.lora import add_low_rank, lora_linear
 from lrec.nn import PackedLinear, packed_modules
 
 # Initialisations that leave the base weight alone; peft's others subtract the adapter from it.
@@ -30,27 +31,31 @@ class LoraPackedLinear(LoraLinear):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """The base's output and the active adapters' added to it; see the head of this file."""
-        name = None if args or kwargs else self._plain_adapter()
-        if name is None:
+        names = [] if args or kwargs else self._plain_adapters()
+        if not names:
             return super().forward(x, *args, **kwargs)
+        *below, name = names
         dropout = self.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         a_RK, b_NR = self.lora_A[name].weight, self.lora_B[name].weight
-        return lora_linear(x, self.base_layer, a_RK, b_NR, self.scaling[name], p)
+        y = lora_linear(x, self.base_layer, a_RK, b_NR, self.scaling[name], p)
+        for other in below:
+            a_RK, b_NR = self.lora_A[other].weight, self.lora_B[other].weight
+            y = add_low_rank(y, self.lora_dropout[other](x), a_RK, b_NR, self.scaling[other])
+        return y
 
-    def _plain_adapter(self) -> str | None:
-        """The active adapter if there is exactly one and nothing but its two matrices and a dropout; else None."""
+    def _plain_adapters(self) -> list[str]:
+        """The active adapters if each is nothing but its two matrices and a dropout; else none."""
         if self.disable_adapters or self.merged or type(self.base_layer) is not PackedLinear:
-            return None
+            return []
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if len(names) != 1 or names[0] in self.lora_variant:
-            return None
-        parts = self.lora_A[names[0]], self.lora_B[names[0]], self.lora_dropout[names[0]]
-        plain = parts[1].bias is None and isinstance(parts[2], nn.Dropout | nn.Identity)
+        parts = [part[name] for name in names for part in (self.lora_A, self.lora_B, self.lora_dropout)]
+        plain = not any(name in self.lora_variant or self.lora_B[name].bias is not None for name in names)
+        plain = plain and all(isinstance(self.lora_dropout[name], nn.Dropout | nn.Identity) for name in names)
         # Whoever hooks into a part of the adapter expects that part to be called.
         hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
         hooked = hooked or any(part._backward_hooks or part._backward_pre_hooks for part in (*parts, self.base_layer))
-        return names[0] if plain and not hooked else None
+        return names if plain and not hooked else []
 
     def update_layer(self, adapter_name, r, lora_alpha, config, **kwargs):
         """Adds an adapter. Raises ValueError for an `init_lora_weights` that rewrites the base weight."""

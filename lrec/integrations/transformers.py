@@ -82,6 +82,7 @@ class LrecHfQuantizer(HfQuantizer):
 
     requires_calibration = False
     is_trainable = True
+    is_qat_trainable = False  # until lrec.trained makes parameters of scales or zeros
     is_compileable = True
 
     def __init__(self, quantization_config: LrecQuantConfig, **kwargs):

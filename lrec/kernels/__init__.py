@@ -2,7 +2,8 @@
 
 `matmul(x, packed)` is x W^T, `matmul(dy, packed, transpose=True)` is dy W. Both are the same custom op
 `lrec::matmul`, whose backward is the op with `transpose` flipped: nothing of size N*K is kept between forward and
-backward, and no copy of x either, since a frozen weight needs none.
+backward, and no copy of x either, since a frozen weight needs none. Where floats of the weight (scales, zero points,
+tables) ask for a gradient, x is kept, or what `Packed.kept_input` makes of it, and still nothing of size N*K.
 
 A kernel is one file of this folder with one subclass of `Kernel`. For a call, the kernels of higher priority are
 asked first; each may refuse with a reason in words, and the sliced reference never refuses. `explain` lists the
@@ -138,14 +139,34 @@ def _(x: Tensor, tensors: list[Tensor], spec: str, transpose: bool) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output):
-    _, tensors, ctx.spec, ctx.transpose = inputs
-    ctx.save_for_backward(*tensors)
+    x, tensors, ctx.spec, ctx.transpose = inputs
+    names = formats.parse_key(ctx.spec)["tensors"]
+    ctx.fields = tuple(name for name, t in zip(names, tensors, strict=True) if t.requires_grad)
+    ctx.needs_x = x.requires_grad
+    kept = []
+    if ctx.fields:
+        kept = [x if ctx.transpose else formats.build_by_key(tensors, ctx.spec).kept_input(x, ctx.fields)]
+    ctx.save_for_backward(*tensors, *kept)
 
 
 def _backward(ctx, grad):
     # Under gradient checkpointing saved tensors may be unpacked once only.
     tensors = list(ctx.saved_tensors)
-    return _matmul(grad.contiguous(), tensors, ctx.spec, not ctx.transpose), [None] * len(tensors), None, None
+    grads, grad = [None] * (len(tensors) - bool(ctx.fields)), grad.contiguous()
+    if ctx.fields:
+        dy, x = (tensors.pop(), grad) if ctx.transpose else (grad, tensors.pop())
+        packed = formats.build_by_key(tensors, ctx.spec)
+        kept = packed.kept_input(x, ctx.fields) if ctx.transpose else x
+        grads = field_gradients(packed, ctx.fields, dy, kept)
+    dx = _matmul(grad, tensors, ctx.spec, not ctx.transpose) if ctx.needs_x else None
+    return dx, grads, None, None
+
+
+@torch.no_grad()
+def field_gradients(packed: Packed, fields: tuple[str, ...], dy_TN: Tensor, kept: Tensor) -> list[Tensor | None]:
+    """`Packed.gradients` in the place of each tensor of the weight, in its dtype; None for those that are frozen."""
+    found = dict(zip(fields, packed.gradients(dy_TN.to(kept.dtype), kept, fields), strict=True))
+    return [found[name].to(tensor.dtype) if name in found else None for name, tensor in packed.tensors().items()]
 
 
 _matmul.register_autograd(_backward, setup_context=_setup_context)

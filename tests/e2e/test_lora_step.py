@@ -70,7 +70,7 @@ def test_values_and_gradients_are_pefts_in_float64(x_dtype, dtype, autocast, sha
     monkeypatch.setattr(lora, "CAST_ELEMENTS", max(1, torch.Size(shape).numel() // slices))
     base = packed(29, 41)
     fused = lora_layer(base, dtype, lora_dropout=dropout)
-    assert type(fused) is LoraPackedLinear and fused._plain_adapter() == "default"
+    assert type(fused) is LoraPackedLinear and fused._plain_adapters() == ["default"]
     exact = lora_layer(base.to_dense(FP64), FP64, lora_dropout=dropout)
     assert type(exact) is PeftLinear
     x = torch.randn(*shape[:-1], 2 * 41).to(BF16).to(x_dtype)[..., ::2]

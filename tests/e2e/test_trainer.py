@@ -13,9 +13,9 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-import lrec
+from lrec import trained
 from lrec.formats.uniform import Uniform
 from lrec.nn import PackedLinear
 from lrec.teacher import check_tokenizers, final_hidden
@@ -131,6 +131,27 @@ def stirred_gradients(run):
     return step_gradients(run)
 
 
+def test_scales_and_zeros_accumulate_too_and_have_rates_of_their_own(tmp_path):
+    settings = {"max_steps": 1, "max_grad_norm": 0.0, "scales_learning_rate": 0.01, "weight_decay": 0.1}
+    one = trainer(tmp_path, ragged(), **settings)
+    two = trainer(tmp_path, ragged(), per_device_train_batch_size=2, gradient_accumulation_steps=2, **settings)
+    for run in (one, two):
+        trained.start(run.model, trained.KINDS)
+    groups = one.create_optimizer().param_groups
+    one.optimizer = None
+    held = [p for group in groups for p in group["params"]]
+    assert len(held) == len({id(p) for p in held}) == len(adapters(one)) == 14 * 4
+    for group in groups:
+        for p in group["params"]:
+            own = not any(p is q for n, q in one.model.named_parameters() if "lora" in n)
+            expected = 0.01 * p.detach().square().mean().sqrt().item() if own else one.args.learning_rate
+            assert abs(group["lr"] - expected) < 1e-6 * expected and group["weight_decay"] == (0 if own else 0.1)
+    expected, actual = stirred_gradients(one), stirred_gradients(two)
+    assert expected.keys() == actual.keys() == adapters(one).keys()
+    for name in expected:
+        assert_close(actual[name], expected[name], 1e-5, name)
+
+
 @pytest.mark.slow
 def test_two_processes_with_two_rows_are_one_with_four(tmp_path):
     expected = stirred_gradients(trainer(tmp_path, ragged(), max_steps=1, max_grad_norm=0.0))
@@ -232,7 +253,7 @@ def test_checkpointing_runs_each_block_twice_and_changes_no_gradient(tmp_path):
 def test_a_nan_stops_the_run_and_names_step_and_module(tmp_path):
     run = trainer(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
 
-    class Poison(lrec.trainer.TrainerCallback):
+    class Poison(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 3:
                 run.model.get_submodule("base_model.model.model.layers.1.mlp.up_proj").base_layer.scale[3, 0] = (

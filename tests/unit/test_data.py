@@ -114,3 +114,16 @@ def test_smollm2_is_a_plain_tied_bfloat16_model_that_speaks(smollm2_dir):
     batch = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**batch, max_new_tokens=12, do_sample=False)[0, batch["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
+
+
+def test_questions_are_made_of_whole_sentences_of_an_article():
+    import wikipedia_questions
+
+    about = "An abacus is a tool that was in use long before the adoption of the written numeral system. " * 9
+    text = f"{about}\n\nEtymology\nThe word is Latin ( ; , ).\n\nUse\n{about}\n\nno heading here, so no question."
+    (first, second) = wikipedia_questions.conversations("Abacus", text)
+    assert [turn["role"] for turn in first] == ["user", "assistant"]
+    assert first[0]["content"] == "Tell me about Abacus." and second[0]["content"] == "Tell me about Abacus: Use."
+    assert first[1]["content"] == second[1]["content"] == (about[:92] * 5).strip()
+    assert not list(wikipedia_questions.conversations("Ada", f"Ada may refer to:\n\n{about}"))
+    assert wikipedia_questions.whole_sentences("It is (; ) good. " * 10) == ("It is good. " * 10).strip()

@@ -1,0 +1,40 @@
+"""What of a packed model learns, as `lrec train` and recipes are told."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from lrec.formats.uniform import SCALE_WIDTHS
+from lrec.options import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """What of a packed model learns, and how adapters start."""
+
+    train: str = setting("adapters", "what learns: adapters, scales, zeros, some of them parted by commas, or all")
+    scale_bits: int | None = setting(
+        8, "bits in which trained scales and zeros of uniform layers are stored: 8 or 16 (none: as many as the base's)"
+    )
+    lora_r: int = setting(16, "rank of the adapters")
+    lora_alpha: int | None = setting(None, "LoRA alpha; the update is scaled by alpha / r (none: alpha = r)")
+    lora_dropout: float = setting(0.0, "dropout before the adapters")
+    lora_target_modules: str = setting("all-linear", "all-linear, or comma-separated names")
+    lora_init: Literal["closed_form", "zero"] = setting(
+        "closed_form", "start from the factors stored with the packed model, or from zero"
+    )
+    lora_pool: bool = setting(
+        False,
+        "adapters see each group's inputs summed, so that export packed folds them into float zero points exactly",
+    )
+    lora_dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "dtype of the adapters; bfloat16 ones are updated with stochastic rounding"
+    )
+
+    def __post_init__(self):
+        if self.scale_bits not in (None, *SCALE_WIDTHS):
+            raise ValueError(f"scale_bits = {self.scale_bits} is not offered; allowed: 8, 16, none")
+
+    def learning(self) -> dict:
+        """These settings by name, for another dataclass that has them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Learning)}
