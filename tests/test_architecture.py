@@ -16,7 +16,8 @@ FLOORS = [
     "lora",
     "anatomy cache checkpoint cpu_embeddings embeddings head losses lowrank optimizers teacher text topk ggml",
     "integrations",
-    "stream load assembly allocation sweep blockwise meter forward step ends shapes rehearsal offload lora_files",
+    "stream load assembly allocation sweep blockwise inputs meter forward step ends shapes rehearsal offload "
+    "lora_files end_loss",
     "blocks capture trainer evaluate export report bench memory pass_memory estimate rewrite fold imports",
     "runs correction",
     "recipe compare restore",
