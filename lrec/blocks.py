@@ -44,8 +44,8 @@ class PassSettings:
     correct_stream: bool = setting(
         False, "let later blocks see outputs corrected by the factors: better with adapters, worse without them"
     )
-    match_upstream: bool = setting(
-        False, "fit layers and factors to outputs on the full model's inputs (GPTAQ); runs it beside the quantized one"
+    match_upstream: float = setting(
+        0.0, "how far, 0 to 1, layers and factors make up for drift upstream (GPTAQ); runs the full model beside"
     )
     end_loss_hessian: bool = setting(
         False, "tokens count by their effect on the full model's output; a backward pass, 4096 tokens' states a block"
@@ -60,6 +60,8 @@ class PassSettings:
     quantize_embeddings: int | None = setting(None, "bits of embeddings and output head: 8 or 4 (none: as they are)")
 
     def __post_init__(self):
+        if not 0 <= self.match_upstream <= 1:
+            raise ValueError(f"match_upstream = {self.match_upstream}; allowed: 0 (not at all) to 1")
         if self.quantize_embeddings:
             embeddings.check_bits(self.quantize_embeddings)
 
@@ -236,7 +238,8 @@ class Pass:
         return quantize_layer(layer, w_NK, allocation.with_bits(self.quantizer, self.bits[layer]), seen)
 
     def _target(self, w_NK: Tensor, seen: Statistics | None) -> Tensor:
-        return matched(w_NK.float(), seen) if self.settings.match_upstream else w_NK
+        strength = self.settings.match_upstream
+        return matched(w_NK.float(), seen, strength) if strength else w_NK
 
     def _see(
         self, block: nn.Module, name: str, states: list[Tensor], call: BlockCall, full: list[Tensor] | None = None

@@ -50,21 +50,21 @@ class Statistics:
         return Statistics(num_tokens=total, hessian_KK=hessian, maxima_K=maxima, cross_KK=cross)
 
 
-def matched(w_NK: Tensor, seen: Statistics, damping: float = 0.01) -> Tensor:
+def matched(w_NK: Tensor, seen: Statistics, strength: float = 1.0, damping: float = 0.01) -> Tensor:
     """The weight that makes of the quantized model's inputs x what W makes of the full-precision model's inputs y:
 
-        W* = W + W (C - R) (R + damping * mean(diag R) I)^-1,  R = E x x^T, C = E y x^T,
+        W* = W + strength * W (C - R) (R + damping * mean(diag R) I)^-1,  R = E x x^T, C = E y x^T,
 
-    in w's dtype. For any Q, E ||W y - Q x||^2 = tr (W* - Q) R (W* - Q)^T + what no Q changes, but for the damping; so
-    a quantizer, or a low-rank fit, of W* under R is one of W that makes up for errors upstream. GPTAQ (2504.02692)
-    and QEP (2504.09629) correct for the same mismatch.
+    in w's dtype. With strength 1 and for any Q, E ||W y - Q x||^2 = tr (W* - Q) R (W* - Q)^T + what no Q changes, but
+    for the damping; so a quantizer, or a low-rank fit, of W* under R is one of W that makes up for errors upstream.
+    GPTAQ (2504.02692) and QEP (2504.09629, which names the strength) correct for the same mismatch.
     """
     r_KK = seen.hessian_KK.to(w_NK)
     mean = r_KK.diagonal().mean()
     damped_KK = r_KK.clone()
     damped_KK.diagonal().add_(torch.where(mean > 0, damping * mean, 1))
     shift_NK = w_NK @ (seen.cross_KK.to(w_NK) - r_KK)
-    return w_NK + torch.cholesky_solve(shift_NK.t(), torch.linalg.cholesky(damped_KK)).t()
+    return w_NK + strength * torch.cholesky_solve(shift_NK.t(), torch.linalg.cholesky(damped_KK)).t()
 
 
 class Collector:

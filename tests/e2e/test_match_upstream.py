@@ -25,7 +25,7 @@ def place(tmp_path_factory):
 
 
 def quantize(place, output):
-    settings = PassSettings(init_rank=4, batch_size=2, match_upstream=True)
+    settings = PassSettings(init_rank=4, batch_size=2, match_upstream=1.0)
     streamed = StreamedModel(place / "M", torch.float32)
     return Pass(streamed, METHOD, Calibration(IDS), place / output, settings).run()
 
@@ -78,6 +78,12 @@ def test_a_resumed_run_equals_a_straight_one(place, monkeypatch):
 
 
 def test_without_text_there_is_nothing_to_match(place):
-    streamed, settings = StreamedModel(place / "M", torch.float32), PassSettings(match_upstream=True)
+    streamed, settings = StreamedModel(place / "M", torch.float32), PassSettings(match_upstream=1.0)
     with pytest.raises(ValueError, match="outputs for match_upstream"):
         Pass(streamed, RTN(), None, place / "no", settings)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.5])
+def test_a_strength_out_of_range_is_refused(strength):
+    with pytest.raises(ValueError, match="allowed: 0"):
+        PassSettings(match_upstream=strength)

@@ -138,6 +138,7 @@ def test_matched_is_the_ridge_regression_of_full_outputs_on_drifted_inputs(T):
     ridge = (T * 0.02 * seen.hessian_KK.diagonal().mean()).sqrt() * torch.eye(41, dtype=torch.float64)
     twin = torch.linalg.lstsq(torch.cat([x, ridge]), torch.cat([y, ridge]) @ w.t()).solution.t()
     assert_close(matched(w, seen, damping=0.02), twin, 1e-8, "matched weight")
+    assert_close(matched(w, seen, 0.25, damping=0.02), w + (twin - w) / 4, 1e-8, "a quarter of the way")
 
 
 def test_matched_to_inputs_that_did_not_drift_is_the_weight():
