@@ -45,7 +45,7 @@ class PassSettings:
         False, "let later blocks see outputs corrected by the factors: better with adapters, worse without them"
     )
     match_upstream: float = setting(
-        0.0, "how far, 0 to 1, layers and factors make up for drift upstream (GPTAQ); runs the full model beside"
+        0.0, "how far, 0 to 1, layers and factors make up for drift upstream (GPTAQ); at 2 bits no gain was measured"
     )
     end_loss_hessian: bool = setting(
         False, "tokens count by their effect on the full model's output; a backward pass, 4096 tokens' states a block"
