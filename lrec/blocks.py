@@ -10,21 +10,21 @@ for their outputs, and goes on, guarded by a fingerprint of model, settings and 
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lrec import allocation, anatomy, blockwise, checkpoint, embeddings, lowrank, registry, sweep
+from lrec import allocation, anatomy, blockwise, checkpoint, embeddings, end_loss, inputs, lowrank, registry, sweep
 from lrec.assembly import Assembly
 from lrec.formats import Packed
 from lrec.nn import replace
 from lrec.options import setting
 from lrec.quantizers import Quantizer, quantize_layer
-from lrec.statistics import Collector, Statistics
+from lrec.statistics import Statistics, matched
 from lrec.stream import BlockCall, StreamedModel, advance, trim
 
 
@@ -44,6 +44,12 @@ class PassSettings:
     correct_stream: bool = setting(
         False, "let later blocks see outputs corrected by the factors: better with adapters, worse without them"
     )
+    match_upstream: float = setting(
+        0.0, "how far, 0 to 1, layers and factors make up for drift upstream (GPTAQ); at 2 bits no gain was measured"
+    )
+    end_loss_hessian: bool = setting(
+        False, "tokens count by their effect on the full model's output; a backward pass, 4096 tokens' states a block"
+    )
     batch_size: int = setting(1, "windows run through a block at once: more take more memory")
     bits_map: str | None = setting(
         None, "bits of layers by name, the last match holds: down_proj=3,re:.*layers\\.0\\..*=4 (none: bits for all)"
@@ -54,6 +60,8 @@ class PassSettings:
     quantize_embeddings: int | None = setting(None, "bits of embeddings and output head: 8 or 4 (none: as they are)")
 
     def __post_init__(self):
+        if not 0 <= self.match_upstream <= 1:
+            raise ValueError(f"match_upstream = {self.match_upstream}; allowed: 0 (not at all) to 1")
         if self.quantize_embeddings:
             embeddings.check_bits(self.quantize_embeddings)
 
@@ -81,7 +89,11 @@ class Pass:
             )
         self.streamed, self.quantizer, self.calibration = streamed, quantizer, calibration
         self.settings = settings or PassSettings()
-        asked = [name for name in ("correct_stream", "target_bpw") if getattr(self.settings, name)]
+        asked = [
+            name
+            for name in ("correct_stream", "match_upstream", "end_loss_hessian", "target_bpw")
+            if getattr(self.settings, name)
+        ]
         if calibration is None and (quantizer.needs or asked):
             wanted = ", ".join(sorted(quantizer.needs)) or f"outputs for {' and '.join(asked)}"
             raise ValueError(
@@ -105,6 +117,7 @@ class Pass:
         if self.ruled:
             self.about["bits_map"] = self.settings.bits_map
         self.assembly = Assembly(output_dir, self._fingerprint(), len(streamed))
+        self.token_weights: dict[str, dict[str, Tensor]] = {}  # by block and linear, where the end loss weighs tokens
         # Not in the fingerprint: the sweep serves any target, and a block that is done knows its bits.
         if self.settings.target_bpw is not None:
             self.about["target_bpw"] = self.settings.target_bpw
@@ -117,18 +130,20 @@ class Pass:
         streamed, dense = self.streamed, 0
         if self.settings.quantize_embeddings:
             self._pack_embeddings()
+        if self.settings.end_loss_hessian and self.assembly.num_done < len(streamed):
+            found = end_loss.token_weights(streamed, self.calibration.input_ids)
+            self.token_weights = {streamed.anatomy.name(index): block for index, block in enumerate(found)}
         self._allocate()
         states, calls = self._embed()
-        full = [*states] if self.quantizer.refines else None
+        full = [*states] if self.quantizer.refines or self.settings.match_upstream else None
         streamed.free(None)
         width = "-".join(map(str, dict.fromkeys([min(self.bits.values()), max(self.bits.values())])))
         for index in tqdm(range(len(streamed)), desc=f"quantize, {width} bits", unit="block", disable=None):
             start = time.monotonic()
             block = streamed.load(index)
             anatomy.check_finite(block, streamed.anatomy.name(index))
-            if full is not None:
-                advance(block, streamed.anatomy.name(index), full, calls[index])
             if index < self.assembly.num_done:
+                advance(block, streamed.anatomy.name(index), full or [], calls[index])
                 for name, packed in self.assembly.packed(index).items():
                     prefix = f"{streamed.anatomy.name(index)}."
                     replace(block, name.removeprefix(prefix), packed.to(streamed.device))
@@ -189,14 +204,14 @@ class Pass:
     ) -> tuple[list[dict], dict]:
         """Replaces the block's linears by packed ones; a row and a pair of low-rank factors for each layer.
 
-        `full` are the full-precision model's hidden states behind this block, for a quantizer with a second stage.
+        `full` are the full-precision model's hidden states, where they are wanted: they are moved on behind the block.
         """
         name, linears = self.streamed.anatomy.name(index), anatomy.linears(block)
-        groups, statistics = self._see(block, name, states, call) if states else ([[n] for n in linears], None)
+        groups, statistics = self._see(block, name, states, call, full) if states else ([[n] for n in linears], None)
         refined, told = {}, {}
-        if full is not None:
+        if self.quantizer.refines:
             packed = {
-                linear: self._pack(f"{name}.{linear}", linears[linear].weight, seen)
+                linear: self._pack(f"{name}.{linear}", self._target(linears[linear].weight, seen), seen)
                 for group, seen in zip(groups, statistics, strict=True)
                 for linear in group
             }
@@ -209,29 +224,41 @@ class Pass:
             hessian_KK = seen.hessian_KK if seen else None
             for linear in group:
                 layer, w_NK = f"{name}.{linear}", linears.pop(linear).weight.float()
-                packed = refined.pop(linear) if refined else self._pack(layer, w_NK, seen)
-                residual_NK = w_NK - packed.unpack()
-                row = layer_row(layer, packed, residual_NK, w_NK, hessian_KK)
+                target_NK = self._target(w_NK, seen)
+                packed = refined.pop(linear) if refined else self._pack(layer, target_NK, seen)
+                row = layer_row(layer, packed, w_NK - packed.unpack(), w_NK, hessian_KK)
                 rows.append(row | {"bits": self.bits[layer]} | told | self.quantizer.measure(packed, w_NK))
                 if self.settings.init_rank:
                     rank = min(self.settings.init_rank, *packed.shape)
-                    factors[layer] = lowrank.factor(residual_NK, rank, hessian_KK)
+                    factors[layer] = lowrank.factor(target_NK - packed.unpack(), rank, hessian_KK)
                 replace(block, linear, packed)
         return rows, factors
 
     def _pack(self, layer: str, w_NK: Tensor, seen: Statistics | None) -> Packed:
         return quantize_layer(layer, w_NK, allocation.with_bits(self.quantizer, self.bits[layer]), seen)
 
+    def _target(self, w_NK: Tensor, seen: Statistics | None) -> Tensor:
+        strength = self.settings.match_upstream
+        return matched(w_NK.float(), seen, strength) if strength else w_NK
+
     def _see(
-        self, block: nn.Module, name: str, states: list[Tensor], call: BlockCall
+        self, block: nn.Module, name: str, states: list[Tensor], call: BlockCall, full: list[Tensor] | None = None
     ) -> tuple[list[list[str]], list[Statistics]]:
-        """The groups of linears that share an input, in the order they run, and the statistics of each."""
+        """The groups of linears that share an input, in the order they run, and the statistics of each.
+
+        `full`, the full-precision model's states, are moved on behind the block."""
         groups = anatomy.shared_inputs(block, lambda: call(block, states[0][:1]))
         unseen = sorted(set(anatomy.linears(block)) - {linear for group in groups for linear in group})
         if unseen:
             raise ValueError(f"{name}: the calibration text never reaches {', '.join(unseen[:4])}; use more text")
         needs = self.quantizer.needs | {"hessian"}
-        return groups, collect(block, groups, needs, lambda: [call(block, state) for state in states])
+        runs = [partial(call, block, state) for state in states]
+        weights = end_loss.of_groups(self.token_weights.get(name, {}), block, groups, self.settings.batch_size)
+        if full is None:
+            return groups, inputs.collect(block, groups, needs, runs, weights=weights)
+        cross = {"cross"} if self.settings.match_upstream else set()
+        beside = [partial(advance, block, name, full, call, i) for i in range(len(full))]
+        return groups, inputs.collect(block, groups, needs | cross, runs, beside, weights)
 
     def _tensors(self, block: nn.Module, index: int) -> dict[str, Tensor]:
         """All tensors of a block by full name; what is not packed is as the checkpoint has it, in its own dtype."""
@@ -243,24 +270,6 @@ class Pass:
         settings = asdict(self.settings) | {"target_bpw": None}
         parts = [self.about, settings, ids, str(self.streamed.dtype)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def collect(
-    block: nn.Module, groups: list[list[str]], needs: frozenset[str], run: Callable[[], object]
-) -> list[Statistics]:
-    """The input statistics of each group of linears over everything `run` feeds the block."""
-    linears = anatomy.linears(block)
-    collectors = [Collector(linears[group[0]].in_features, needs) for group in groups]
-    hooks = [
-        linears[group[0]].register_forward_pre_hook(lambda _, args, to=collector: to.add(args[0].flatten(0, -2)))
-        for group, collector in zip(groups, collectors, strict=True)
-    ]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [collector.result() for collector in collectors]
 
 
 def layer_row(layer: str, packed: Packed, residual_NK: Tensor, w_NK: Tensor, hessian_KK: Tensor | None) -> dict:

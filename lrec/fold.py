@@ -9,6 +9,7 @@ without an adapter are carried over.
 
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from lrec import anatomy, formats, rewrite
 from lrec.assembly import Assembly
-from lrec.blocks import collect, layer_row, packed_row
+from lrec.blocks import layer_row, packed_row
 from lrec.formats.uniform import Uniform
+from lrec.inputs import collect
 from lrec.lora_files import LoraFiles
 from lrec.nn import PackedLinear, replace
 from lrec.quantizers import quantize_layer
@@ -119,7 +121,7 @@ def fold_block(block: nn.Module, name: str, adapter: LoraFiles, states: list[Ten
     if adapted:
         groups = anatomy.shared_inputs(block, lambda: call(block, states[0][:1]))
         groups = [kept for group in groups if (kept := [linear for linear in group if linear in adapted])]
-        seen = collect(block, groups, GPTQ.needs, lambda: [call(block, state) for state in states])
+        seen = collect(block, groups, GPTQ.needs, [partial(call, block, state) for state in states])
     for group, statistics in zip(groups, seen, strict=True):
         for linear in group:
             layer, w_NK = f"{name}.{linear}", block.get_submodule(linear).weight

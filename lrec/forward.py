@@ -45,25 +45,31 @@ class StreamedForward(StreamedModel):
 
     @torch.no_grad()
     def finish(self, hidden_BLH: Tensor) -> Tensor:
-        """What the output layer is given (B, L, H') when the last block puts out these hidden states.
+        """`reach_head` of these hidden states, without gradients."""
+        return reach_head(self, hidden_BLH)
 
-        Needs no embeddings: tokens are embedded as zeros, which the first block replaces."""
-        embedding, seen = self.model.get_input_embeddings(), []
 
-        def zeros(input_ids, *args, **kwargs):
-            return hidden_BLH.new_zeros(*input_ids.shape, embedding.weight.shape[1])
+def reach_head(streamed: StreamedModel, hidden_BLH: Tensor) -> Tensor:
+    """What the output layer is given (B, L, H') when the last block puts out these hidden states; differentiable.
 
-        def reached(module, args):
-            seen.append(args[0])
-            raise Reached
+    Needs no embeddings: tokens are embedded as zeros, which the first block replaces."""
+    model, seen = streamed.model, []
+    embedding = model.get_input_embeddings()
 
-        input_ids_BL = torch.zeros(hidden_BLH.shape[:2], dtype=torch.long, device=self.device)
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(reached)
-        try:
-            with instead([embedding], zeros), instead(self.blocks, lambda *args, **kwargs: hidden_BLH):
-                self.model(input_ids=input_ids_BL, use_cache=False)
-        except Reached:
-            return seen[0]
-        finally:
-            handle.remove()
-        raise ValueError(f"{type(self.model).__name__} ran without its output layer")
+    def zeros(input_ids, *args, **kwargs):
+        return hidden_BLH.new_zeros(*input_ids.shape, embedding.weight.shape[1])
+
+    def reached(module, args):
+        seen.append(args[0])
+        raise Reached
+
+    input_ids_BL = torch.zeros(hidden_BLH.shape[:2], dtype=torch.long, device=streamed.device)
+    handle = model.get_output_embeddings().register_forward_pre_hook(reached)
+    try:
+        with instead([embedding], zeros), instead(streamed.blocks, lambda *args, **kwargs: hidden_BLH):
+            model(input_ids=input_ids_BL, use_cache=False)
+    except Reached:
+        return seen[0]
+    finally:
+        handle.remove()
+    raise ValueError(f"{type(model).__name__} ran without its output layer")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrec import registry
 
-NEEDS = frozenset({"hessian", "maxima"})
+NEEDS = frozenset({"hessian", "maxima", "cross"})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -21,29 +21,50 @@ class Statistics:
 
     hessian_KK: mean over tokens of x x^T; half the Hessian, in one row of W, of the mean squared output error.
     maxima_K:   max over tokens of |x_k|.
+    cross_KK:   mean over tokens of y x^T, y being what the full-precision model has in the place of x.
     """
 
     num_tokens: int
     hessian_KK: Tensor | None = None
     maxima_K: Tensor | None = None
+    cross_KK: Tensor | None = None
 
     def merge(self, other: "Statistics") -> "Statistics":
         """The statistics of both sets of tokens together, as of data-parallel workers: means weighted by tokens.
 
         Raises ValueError if one side lacks a statistic that the other has.
         """
-        for name in ("hessian_KK", "maxima_K"):
+        for name in ("hessian_KK", "maxima_K", "cross_KK"):
             if (getattr(self, name) is None) != (getattr(other, name) is None):
                 raise ValueError(
                     f"cannot merge statistics of which one alone has {name}; collect both with the same needs"
                 )
         total = self.num_tokens + other.num_tokens
-        hessian, maxima = self.hessian_KK, self.maxima_K
-        if hessian is not None:
-            hessian = torch.lerp(hessian, other.hessian_KK.to(hessian), other.num_tokens / total)
+        hessian, cross = (
+            None if mine is None else torch.lerp(mine, theirs.to(mine), other.num_tokens / total)
+            for mine, theirs in ((self.hessian_KK, other.hessian_KK), (self.cross_KK, other.cross_KK))
+        )
+        maxima = self.maxima_K
         if maxima is not None:
             maxima = torch.maximum(maxima, other.maxima_K.to(maxima))
-        return Statistics(num_tokens=total, hessian_KK=hessian, maxima_K=maxima)
+        return Statistics(num_tokens=total, hessian_KK=hessian, maxima_K=maxima, cross_KK=cross)
+
+
+def matched(w_NK: Tensor, seen: Statistics, strength: float = 1.0, damping: float = 0.01) -> Tensor:
+    """The weight that makes of the quantized model's inputs x what W makes of the full-precision model's inputs y:
+
+        W* = W + strength * W (C - R) (R + damping * mean(diag R) I)^-1,  R = E x x^T, C = E y x^T,
+
+    in w's dtype. With strength 1 and for any Q, E ||W y - Q x||^2 = tr (W* - Q) R (W* - Q)^T + what no Q changes, but
+    for the damping; so a quantizer, or a low-rank fit, of W* under R is one of W that makes up for errors upstream.
+    GPTAQ (2504.02692) and QEP (2504.09629, which names the strength) correct for the same mismatch.
+    """
+    r_KK = seen.hessian_KK.to(w_NK)
+    mean = r_KK.diagonal().mean()
+    damped_KK = r_KK.clone()
+    damped_KK.diagonal().add_(torch.where(mean > 0, damping * mean, 1))
+    shift_NK = w_NK @ (seen.cross_KK.to(w_NK) - r_KK)
+    return w_NK + strength * torch.cholesky_solve(shift_NK.t(), torch.linalg.cholesky(damped_KK)).t()
 
 
 class Collector:
@@ -62,10 +83,12 @@ class Collector:
         self.K, self.dtype = K, dtype
         self.num_tokens = 0
         self._gram_KK: Tensor | None = None
+        self._cross_KK: Tensor | None = None
         self._maxima_K: Tensor | None = None
 
-    def add(self, x_TK: Tensor) -> None:
-        """Adds inputs of shape (..., K), all leading dimensions being tokens.
+    def add(self, x_TK: Tensor, full_TK: Tensor | None = None, weight_T: Tensor | None = None) -> None:
+        """Adds inputs of shape (..., K), all leading dimensions being tokens; `full_TK` are the full-precision model's
+        of the same tokens, the same ones if not given, and `weight_T` what a token counts for in means, 1 if not given.
 
         Raises ValueError if x has not K channels or holds NaN or infinity; then nothing is added.
         """
@@ -83,10 +106,16 @@ class Collector:
                 "run the model in bfloat16 or float32, and check its weights"
             )
         self.num_tokens += len(x_TK)
+        weighed_TK = x_TK if weight_T is None else x_TK * weight_T.to(x_TK)[:, None]
         if "hessian" in self.needs:
             if self._gram_KK is None:
                 self._gram_KK = x_TK.new_zeros(self.K, self.K)
-            self._gram_KK.addmm_(x_TK.t(), x_TK)
+            self._gram_KK.addmm_(weighed_TK.t(), x_TK)
+        if "cross" in self.needs:
+            y_TK = x_TK if full_TK is None else full_TK.detach().reshape(-1, self.K).to(self.dtype)
+            if self._cross_KK is None:
+                self._cross_KK = x_TK.new_zeros(self.K, self.K)
+            self._cross_KK.addmm_(y_TK.t(), weighed_TK)
         if "maxima" in self.needs:
             known = self._maxima_K
             self._maxima_K = maxima_K if known is None else torch.maximum(known, maxima_K)
@@ -95,5 +124,7 @@ class Collector:
         """The statistics of everything added so far. Raises ValueError if that is nothing."""
         if not self.num_tokens:
             raise ValueError("no calibration tokens reached this input; give more or longer samples")
-        hessian_KK = None if self._gram_KK is None else self._gram_KK / self.num_tokens
-        return Statistics(num_tokens=self.num_tokens, hessian_KK=hessian_KK, maxima_K=self._maxima_K)
+        hessian_KK, cross_KK = (
+            None if total_KK is None else total_KK / self.num_tokens for total_KK in (self._gram_KK, self._cross_KK)
+        )
+        return Statistics(num_tokens=self.num_tokens, hessian_KK=hessian_KK, maxima_K=self._maxima_K, cross_KK=cross_KK)

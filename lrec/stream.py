@@ -191,13 +191,13 @@ class StreamedModel:
 
 
 @torch.no_grad()
-def advance(block: nn.Module, name: str, states: list[Tensor], call: BlockCall) -> None:
-    """Runs every batch of hidden states through the block, in place of the old ones.
+def advance(block: nn.Module, name: str, states: list[Tensor], call: BlockCall, only: int | None = None) -> None:
+    """Runs every batch of hidden states, or `only` one, through the block, in place of the old ones.
 
     Raises ValueError naming the block if its output is NaN or infinite.
     """
-    for i, state in enumerate(states):
-        states[i] = call(block, state)
+    for i in range(len(states)) if only is None else [only]:
+        states[i] = call(block, states[i])
         if not states[i].isfinite().all():
             bad = int((~states[i].isfinite()).sum())
             raise ValueError(

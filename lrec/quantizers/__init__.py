@@ -81,7 +81,7 @@ class Quantizer:
 
     def _check_statistics(self, K: int, statistics: Statistics | None) -> None:
         for need in sorted(self.needs):
-            name = {"hessian": "hessian_KK", "maxima": "maxima_K"}[need]
+            name = {"hessian": "hessian_KK", "maxima": "maxima_K", "cross": "cross_KK"}[need]
             held = getattr(statistics, name, None)
             if held is None:
                 raise ValueError(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from checks import assert_close
 
-from lrec.statistics import NEEDS, Collector, Statistics
+from lrec.statistics import NEEDS, Collector, Statistics, matched
 
 
 def collected(batches, K, needs=NEEDS, dtype=torch.float32):
@@ -113,3 +113,35 @@ def test_wrong_use_is_refused_in_words():
 def test_result_is_frozen():
     with pytest.raises(AttributeError):
         Statistics(num_tokens=1).num_tokens = 2
+
+
+def test_cross_is_the_mean_of_full_times_drifted():
+    x, y = inputs(300, 41), inputs(300, 41, seed=1)
+    collector = Collector(41, NEEDS, torch.float64)
+    for part in (slice(0, 7), slice(7, 300)):
+        collector.add(x[part], y[part])
+    result = collector.result()
+    expected = torch.stack([torch.outer(a, b) for a, b in zip(y.double(), x.double(), strict=True)]).mean(0)
+    assert_close(result.cross_KK, expected, 1e-14, "cross")
+    assert_close(result.hessian_KK, x.double().t() @ x.double() / 300, 1e-14, "hessian")
+    assert not torch.allclose(result.cross_KK, result.cross_KK.t())
+
+
+@pytest.mark.parametrize("T", [9, 200])
+def test_matched_is_the_ridge_regression_of_full_outputs_on_drifted_inputs(T):
+    x, y = (inputs(T, 41, seed, torch.float64) for seed in (0, 1))
+    y = x + 0.3 * y
+    w = torch.randn(5, 41, dtype=torch.float64)
+    collector = Collector(41, NEEDS, torch.float64)
+    collector.add(x, y)
+    seen = collector.result()
+    ridge = (T * 0.02 * seen.hessian_KK.diagonal().mean()).sqrt() * torch.eye(41, dtype=torch.float64)
+    twin = torch.linalg.lstsq(torch.cat([x, ridge]), torch.cat([y, ridge]) @ w.t()).solution.t()
+    assert_close(matched(w, seen, damping=0.02), twin, 1e-8, "matched weight")
+    assert_close(matched(w, seen, 0.25, damping=0.02), w + (twin - w) / 4, 1e-8, "a quarter of the way")
+
+
+def test_matched_to_inputs_that_did_not_drift_is_the_weight():
+    w = torch.randn(5, 41)
+    assert torch.equal(matched(w, collected([inputs(300, 41)], 41)), w)
+    assert torch.equal(matched(w, collected([torch.zeros(3, 41)], 41)), w)
