@@ -35,7 +35,7 @@ class Weight:
     @classmethod
     def of(cls, packed: Packed) -> "Weight":
         """That of a uniform or binary weight."""
-        if hasattr(packed, "bits"):
+        if packed.name() != "binary":
             return cls(packed.name(), packed.shape, packed.bits, 1, packed.group_size)
         return cls(packed.name(), packed.shape, 1, packed.qweight.shape[1], packed.group_size)
 
