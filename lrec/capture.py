@@ -10,7 +10,6 @@ the slower the disk, the more it hides, as long as reading a block takes no long
 """
 
 import errno
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lrec import checkpoint, load, text, topk
+from lrec import checkpoint, load, machine, text, topk
 from lrec.cache import HEAD, KEY_BYTES, TargetCache, ids_hash, tokenizer_mark, window_key
 from lrec.formats import Packed
 from lrec.forward import StreamedForward
@@ -104,9 +103,8 @@ class Capture:
         token_bytes = 2 * width if self.settings.what == "hidden" else 2 * k + topk.id_bytes(k, vocab_size) + 4
         head_bytes = sum(t.nbytes for t in self._head_tensors().values())
         num_bytes = n * (length * token_bytes + KEY_BYTES) + head_bytes
-        place = next(path for path in [self.directory, *self.directory.absolute().parents] if path.exists())
         there = sum(path.stat().st_size for path in self.directory.glob("*.safetensors"))
-        free = shutil.disk_usage(place).free
+        free = machine.free_disk_bytes(self.directory)
         return {
             "kind": self.settings.kind,
             "num_windows": n,

@@ -15,7 +15,6 @@ import json
 import re
 
 import jinja2
-import torch
 
 from lrec import text
 from lrec.losses import IGNORE
@@ -41,13 +40,9 @@ def read(
     rows = text.rows(dataset)
     if num_samples is not None and not 1 <= num_samples <= len(rows):
         raise ValueError(f"{dataset} has {len(rows)} rows, but num_samples = {num_samples}: give 1 to {len(rows)}")
-    if seed is not None:
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-        rows = [rows[i] for i in order[:num_samples]]
-    elif num_samples is not None:
-        rows = [rows[i * len(rows) // num_samples] for i in range(num_samples)]
     if not rows:
         raise ValueError(f"{dataset} has no rows. A row is {KINDS}")
+    rows = [rows[i] for i in text.chosen(len(rows), num_samples or len(rows), seed).tolist()]
     ids, labels = tokenize(rows, tokenizer, completion_only)
     return [row[:max_length] for row in ids], [row[:max_length] for row in labels]
 

@@ -13,7 +13,6 @@ Windows have the length that the run says; a method or recipe without such a set
 """
 
 import errno
-import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +22,7 @@ from lrec import load, machine, memory, options, pass_memory, shapes
 
 Level = Literal["quick", "standard", "max"]
 QUANTIZE = {"quick": {"num_samples": 32}, "standard": {"num_samples": 128}, "max": {"num_samples": 256}}
-CORRECT = {"quick": {"train": "all"}, "standard": {"train": "all"}, "max": {"train": "all"}}
+CORRECT = {"train": "all"}
 TRAINING_TOKENS = {"quick": 28_672, "standard": 131_072, "max": 262_144}
 EVALUATIONS = {"quick": 0, "standard": 10, "max": 10}
 
@@ -36,7 +35,7 @@ def spend(values: dict[str, object], *parts) -> dict[str, object]:
     level = options.parse("effort", values["effort"], Level)
     classes = [part if isinstance(part, type) else type(part) for part in parts]
     known = {name for cls in classes for name in options.field_types(cls)}
-    chosen = {**QUANTIZE[level], **CORRECT[level]}
+    chosen = QUANTIZE[level] | CORRECT
     return {name: value for name, value in chosen.items() if name in known} | values
 
 
@@ -63,13 +62,11 @@ def check_fits(level: Level, model: str, tokens: dict[str, int], bits: int, devi
             f"free; {would}"
         )
     written = packed_bytes(config, setup)
-    place = Path(output_dir).absolute()
-    existing = next(path for path in (place, *place.parents) if path.exists())
-    if written > (left := shutil.disk_usage(existing).free):
+    if written > (left := machine.free_disk_bytes(output_dir)):
         raise OSError(
             errno.ENOSPC,
-            f"about {written / 1e9:.2f} GB will be written and {left / 1e9:.2f} GB are free in {existing}: free some, "
-            "choose another output_dir or fewer --bits",
+            f"about {written / 1e9:.2f} GB will be written and {left / 1e9:.2f} GB are free at {output_dir}: "
+            "free some, choose another output_dir or fewer --bits",
         )
 
 

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -62,6 +63,12 @@ def free_bytes(device) -> int:
     if limit.exists() and (most := limit.read_text().strip()) != "max":
         found.append(int(most) - int(used.read_text()))
     return max(0, min(found))
+
+
+def free_disk_bytes(path: Path) -> int:
+    """Bytes that may still be written at a path, which need not exist yet."""
+    absolute = Path(path).absolute()
+    return shutil.disk_usage(next(place for place in (absolute, *absolute.parents) if place.exists())).free
 
 
 def _processor() -> str:

@@ -16,14 +16,12 @@ from typing import Literal
 
 from lrec import assembly, checkpoint, text
 from lrec.blocks import PassSettings
-from lrec.correction import Train
+from lrec.correction import Train, whole_checkpoints
 from lrec.options import setting
 from lrec.quantizers import Quantizer
 from lrec.runs import Export, Quantize
 
 STATE = "lrec_preprocess.json"
-# The last file that transformers writes of a checkpoint: one without it is not whole.
-CHECKPOINT_END = "trainer_state.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +100,7 @@ class Preprocess:
         """The restorative LoRA, from zero so that it moves weights no further than the loss asks; resumes."""
         from lrec.trainer import LrecConfig
 
-        whole = sorted(adapter.glob(f"checkpoint-*/{CHECKPOINT_END}"), key=lambda path: path.stat().st_mtime)
+        whole = whole_checkpoints(adapter)
         if not whole:
             shutil.rmtree(adapter, ignore_errors=True)
         config = LrecConfig(
@@ -116,7 +114,7 @@ class Preprocess:
             save_steps=20,
             save_total_limit=2,
             report_to="none",
-            resume_from_checkpoint=str(whole[-1].parent) if whole else None,
+            resume_from_checkpoint=str(whole[-1]) if whole else None,
         )
         same = {name: getattr(quantize, name) for name in ("device", "dtype", "dataset", "max_length", "seed")}
         Train(

@@ -144,9 +144,14 @@ def windows(
     cut = ids.unfold(0, length, stride)
     if num_samples is None:
         return cut.clone()
+    return cut[chosen(num_windows, num_samples, seed)]
+
+
+def chosen(count: int, num_samples: int, seed: int | None) -> Tensor:
+    """Which `num_samples` of `count` things to take: drawn without replacement, or without a seed evenly spaced."""
     if seed is None:
-        return cut[torch.arange(num_samples) * num_windows // num_samples]
-    return cut[torch.randperm(num_windows, generator=torch.Generator().manual_seed(seed))[:num_samples]]
+        return torch.arange(num_samples) * count // num_samples
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:num_samples]
 
 
 def overlap(seen_BL: Tensor, held_out_BL: Tensor, run: int = 24) -> float:

@@ -6,7 +6,7 @@ No triton here: `lrec explain` asks before any kernel is imported.
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from lrec.formats import Packed
+from lrec.formats import Packed, parse_key
 from lrec.formats.uniform import groups
 
 # Codes in a word, by bits a code: words are 16 bits long, for three-bit codes 96.
@@ -35,9 +35,7 @@ class Weight:
     @classmethod
     def of(cls, packed: Packed) -> "Weight":
         """That of a uniform or binary weight."""
-        if packed.name() != "binary":
-            return cls(packed.name(), packed.shape, packed.bits, 1, packed.group_size)
-        return cls(packed.name(), packed.shape, 1, packed.qweight.shape[1], packed.group_size)
+        return cls.of_spec(parse_key(packed.key))
 
     @classmethod
     def of_spec(cls, spec: dict) -> "Weight":
