@@ -29,36 +29,44 @@ def collect(
     """
     linears = anatomy.linears(block)
     collectors = [Collector(linears[group[0]].in_features, needs) for group in groups]
-    with _inputs([linears[group[0]] for group in groups]) as inputs:
+    firsts = [linears[group[0]] for group in groups]
+    if beside is None and not any(weights or ()):
+        # No input is kept until the block has run.
+        with _watched(firsts, [collector.add for collector in collectors]):
+            for run in runs:
+                run()
+        return [collector.result() for collector in collectors]
+    seen: list[list[Tensor]] = [[] for _ in groups]
+    with _watched(firsts, [parts.append for parts in seen]):
         for i, run in enumerate(runs):
             clean = [None] * len(groups)
             if beside is not None:
                 beside[i]()
-                clean = inputs()
+                clean = _taken(seen)
             run()
             counts = [parts and parts[i] for parts in weights or [None] * len(groups)]
-            for collector, *given in zip(collectors, inputs(), clean, counts, strict=True):
+            for collector, *given in zip(collectors, _taken(seen), clean, counts, strict=True):
                 collector.add(*given)
     return [collector.result() for collector in collectors]
 
 
 @contextmanager
-def _inputs(linears: list[nn.Linear]) -> Iterator[Callable[[], list[Tensor]]]:
-    """Inside, a call returns, and forgets, the inputs (T, K) that each of the linears was given since the last one."""
-    seen: list[list[Tensor]] = [[] for _ in linears]
+def _watched(linears: list[nn.Linear], sinks: list[Callable[[Tensor], None]]) -> Iterator[None]:
+    """Inside, each of the linears hands the inputs (T, K) that it is given to its sink."""
     hooks = [
-        linear.register_forward_pre_hook(lambda _, args, to=to: to.append(args[0].flatten(0, -2)))
-        for linear, to in zip(linears, seen, strict=True)
+        linear.register_forward_pre_hook(lambda _, args, to=sink: to(args[0].flatten(0, -2)))
+        for linear, sink in zip(linears, sinks, strict=True)
     ]
-
-    def take() -> list[Tensor]:
-        found = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in seen]
-        for parts in seen:
-            parts.clear()
-        return found
-
     try:
-        yield take
+        yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _taken(seen: list[list[Tensor]]) -> list[Tensor]:
+    """What has been seen since the last call, a tensor for each of the lists, which are emptied."""
+    found = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in seen]
+    for parts in seen:
+        parts.clear()
+    return found
