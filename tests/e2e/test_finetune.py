@@ -41,6 +41,7 @@ def place(dense, tmp_path_factory):
 def lrec_lora(base, **settings):
     from peft import get_peft_model
 
+    torch.manual_seed(0)  # for A: what ran before must not choose it
     return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
 
 
@@ -315,8 +316,8 @@ def test_the_best_of_a_stack_is_kept_on_the_same_correction(place, tmp_path):
     # What is learned of the rows makes letters that are not in them less likely: the last evaluation is not the best.
     rows = [{"prompt": f"{i}", "completion": "XQZ~JKW" * 3} for i in range(4)]
     (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"adapter": str(place / "A"), "eval_dataset": str(tmp_path / "others.jsonl"), "eval_steps": 2}
-    settings |= {"max_steps": 8, "patience": None, "learning_rate": 3e-2, "lr_scheduler_type": "constant"}
+    settings = {"adapter": str(place / "A"), "eval_dataset": str(tmp_path / "others.jsonl"), "eval_steps": 16}
+    settings |= {"max_steps": 64, "patience": None, "learning_rate": 3e-2, "lr_scheduler_type": "constant"}
     report = run(place, tmp_path / "T", **settings)
     losses = [row["eval_loss"] for row in report["evaluations"]]
     assert len(losses) == 4 and min(losses) < losses[-1] - 0.005
