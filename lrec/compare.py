@@ -3,7 +3,8 @@
     lrec compare --model smollm2 --dataset wikipedia:train --test_dataset wikipedia:test --output_dir C \\
         --methods rtn:2,gptq:2:group_size=128,nf4,icquant:2:inner=kmeans
 
-An entry is METHOD[:BITS][:setting=value...], with any setting of the method or of the pass; commas part entries.
+An entry is METHOD[:BITS][:setting=value...], with any setting of the method, of the pass or of preprocessing; commas
+part entries.
 Each is quantized by `lrec quantize` in a process of its own, so that time and peak memory are that method's, and
 measured here against the full-precision model, whose final hidden states are kept in memory. `compare.json` is written
 after every method, and calling again goes on from it: a finished row is run again only if its settings or lrec's
@@ -27,6 +28,7 @@ from lrec import __version__, checkpoint, evaluate, load, machine, options, pict
 from lrec.blocks import PassSettings
 from lrec.evaluate import States
 from lrec.options import setting
+from lrec.restore import Preprocess
 from lrec.runs import Place, Text, total_bytes
 
 RESULTS = "compare.json"
@@ -200,9 +202,11 @@ def read_entry(label: str, init_rank: int) -> Entry:
         name, _, value = part.partition("=")
         given[name.replace("-", "_")] = value
     try:
-        resolved = options.fill(given, registry.find("quantizers", method), PassSettings)
+        *resolved, before = options.fill(given, registry.find("quantizers", method), PassSettings, Preprocess)
     except ValueError as error:
         raise ValueError(f"methods, {label!r}: {error}") from error
+    if before.preprocess != "none":
+        resolved.append(before)
     settings = {name: value for part in resolved for name, value in asdict(part).items()}
     return Entry(label, {"method": method} | given, {"method": method} | settings)
 

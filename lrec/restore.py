@@ -42,7 +42,7 @@ class Preprocess:
                 raise ValueError(f"{name} = {getattr(self, name)}; allowed: 1 or more")
 
     def run(self, quantize: Quantize, quantizer: Quantizer, passing: PassSettings | None = None) -> dict:
-        """`quantize.run` on preprocessed weights; its report.
+        """`quantize.run` on preprocessed weights; its report, with the seconds of all stages.
 
         The manifest names `quantize.model` as the base, and says how its weights were preprocessed. Raises ValueError
         if there is no text to train on, or if the directory of the stages holds those of another run.
@@ -68,6 +68,8 @@ class Preprocess:
                 "preprocessed": {"sha256": checkpoint.fingerprint(merged), "loss": stamp["history"][-1]["loss"]},
             }
             report = replace(quantize, model=str(merged)).run(quantizer, passing, about)
+        stages = (work / "packed" / assembly.REPORT, work / "adapter" / checkpoint.ADAPTER_STAMP)
+        report["seconds"] = round(report["seconds"] + sum(checkpoint.read_json(path)["seconds"] for path in stages), 2)
         shutil.rmtree(work)
         return report
 

@@ -25,13 +25,14 @@ def quantizer_of(method: str, settings: dict) -> Quantizer:
     ]
     if unknown:
         raise ValueError("\n".join(unknown))
-    if found.needs:
+    quantizer = found(**settings)
+    if quantizer.needs:
         free = [name for name, member in registry.members("quantizers").items() if not member.needs]
         raise ValueError(
-            f"quantizer {method!r} needs calibration ({', '.join(sorted(found.needs))}), which from_pretrained cannot "
+            f"quantizer {method!r} needs calibration ({', '.join(sorted(quantizer.needs))}), which from_pretrained cannot "
             f"give; on the fly: {', '.join(free)}. Run `lrec quantize --method {method}` and load what it writes."
         )
-    return found(**settings)
+    return quantizer
 
 
 def plan(model: nn.Module, quantizer: Quantizer, skip: list[str]) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 The largest |w| of a row, a share gamma of 5 %, span about half its range. They get a grid of their own (a sign, and
 bits - 1 bits for the magnitude), the rest another, and a gap code says where they stand, at 0.31 bits per weight.
-With `kmeans` and `weighted` what an error costs weighs in: a weak channel should not set the grid of a row.
+What an error costs weighs in, unless the search is `mse` or `minmax`, which need no text: a weak channel should not set
+the grid of a row.
 """
 
 from dataclasses import dataclass
@@ -28,15 +29,15 @@ KMEANS_STEPS = 40
 class IcQuant(Quantizer):
     """Two quantizers per row: one for the floor(gamma * K) largest |w| (at least one), one for the others."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     bits: int = setting(2, "bits per code, the index not counted: 2, 3, 4")
     gamma: float = setting(0.05, "share of each row's weights that are outliers, above 0 and below 0.5")
     index_bits: int = setting(6, "bits of a symbol of the gap code: 4, 5, 6, 7")
     inner: str = setting("rtn", "quantizer of each part: rtn (even grid) or kmeans (levels weighted by diag H)")
     scale_search: str = setting(
-        "mse",
-        "how rtn spans its grids: minmax (full range) or mse (least squares, weighted by diag H if text is given)",
+        "weighted",
+        "how rtn spans its grids: weighted (least squares, by diag H), or without a text mse (unweighted) or minmax",
     )
 
     def __post_init__(self):
@@ -51,9 +52,8 @@ class IcQuant(Quantizer):
         for value, allowed, what in ((self.inner, INNER, "inner"), (self.scale_search, SEARCHES, "scale_search")):
             if value not in allowed:
                 raise ValueError(registry.nearest(value, allowed, what))
-        if self.inner == "kmeans" or self.scale_search == "weighted":
-            # Only these choices look at data; the class itself, which may run without any, needs none.
-            object.__setattr__(self, "needs", frozenset({"hessian"}))
+        if self.inner == "rtn" and self.scale_search != "weighted":
+            object.__setattr__(self, "needs", frozenset())
 
     def quantize(self, w_NK: Tensor, statistics: Statistics | None) -> Outlier:
         """Codes, positions of outliers and levels of `w_NK`."""

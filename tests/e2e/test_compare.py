@@ -132,3 +132,12 @@ def test_an_entry_comes_to_all_settings_of_its_method():
     assert entry.settings["method"] == "gptq" and entry.settings["bits"] == 3 and entry.settings["group_size"] == 128
     assert entry.settings["bits_map"] == "mlp.*=4,re:.*up_proj=3,down_proj=8" and entry.settings["init_rank"] == 0
     assert entry.folder != read_entry(found[1], 8).folder
+
+
+def test_preprocessing_is_part_of_an_entry():
+    entry = read_entry("ptq161:preprocess=kl:preprocess_steps=3", 0)
+    assert entry.settings["preprocess"] == "kl" and entry.settings["preprocess_steps"] == 3
+    # Without it an entry comes to what it came to before there was any.
+    assert "preprocess" not in read_entry("ptq161", 0).settings
+    with pytest.raises(ValueError, match="unknown value of --preprocess 'kk'; allowed: ce, kl, none"):
+        read_entry("rtn:2:preprocess=kk", 0)

@@ -177,7 +177,7 @@ def test_report_measures_ranges_and_index():
     w = torch.full((2, 40), 0.5)
     w[:, ::2] = -0.5
     w[0, 3], w[0, 4], w[1, 5], w[1, 20] = 2.0, -2.0, 4.0, -4.0
-    packed = IcQuant(gamma=0.05)(w)
+    packed = IcQuant(gamma=0.05, scale_search="mse")(w)
     told = IcQuant().measure(packed, w)
     assert told["inlier_range"] == pytest.approx((1 / 4 + 1 / 8) / 2)
     assert told["outliers"] == pytest.approx(0.05)
@@ -194,11 +194,13 @@ def test_constant_and_zero_rows_decode_to_themselves():
 
 
 def test_only_weighted_choices_need_statistics():
-    assert IcQuant.needs == IcQuant().needs == frozenset()
-    for choice in ({"inner": "kmeans"}, {"scale_search": "weighted"}):
+    for choice in ({}, {"inner": "kmeans"}, {"inner": "kmeans", "scale_search": "mse"}):
         assert IcQuant(**choice).needs == {"hessian"}
         with pytest.raises(ValueError, match=r"needs the hessian"):
             IcQuant(**choice)(torch.randn(4, 64))
+    for search in ("mse", "minmax"):
+        assert not IcQuant(scale_search=search).needs
+        assert IcQuant(scale_search=search)(torch.randn(4, 64)).unpack().isfinite().all()
 
 
 def test_weights_move_the_grids_towards_what_is_sensitive():
