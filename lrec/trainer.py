@@ -78,6 +78,8 @@ class LrecConfig(StepConfig):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        # transformers' word for no tracker, which a flag or a file gives as no value.
+        self.report_to = self.report_to or "none"
         if self.eval_steps:
             self._evaluate_and_keep_best()
         with warnings.catch_warnings():

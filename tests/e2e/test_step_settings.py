@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from lrec import options
 from lrec.cpu_embeddings import OnCPU
 from lrec.integrations.checkpointing import in_two_parts
 from lrec.optimizers import OneByOne
@@ -149,3 +150,8 @@ def test_the_checkpoints_setting_wins_and_stays_through_a_copy(tmp_path):
     assert not config.gradient_checkpointing and not config.activation_checkpointing
     given = LrecConfig(str(tmp_path), use_cpu=True, gradient_checkpointing_kwargs='{"every_n_layers": 2}')
     assert given.gradient_checkpointing_kwargs == {"use_reentrant": False, "every_n_layers": 2}
+
+
+def test_no_tracker_may_be_asked_for_by_a_flag(tmp_path):
+    flags = options.settings(["--output_dir", str(tmp_path), "--report_to", "none", "--use_cpu", "true"])
+    assert options.fill(flags, LrecConfig)[0].report_to == "none"
