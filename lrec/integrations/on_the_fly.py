@@ -29,8 +29,8 @@ def quantizer_of(method: str, settings: dict) -> Quantizer:
     if quantizer.needs:
         free = [name for name, member in registry.members("quantizers").items() if not member.needs]
         raise ValueError(
-            f"quantizer {method!r} needs calibration ({', '.join(sorted(quantizer.needs))}), which from_pretrained cannot "
-            f"give; on the fly: {', '.join(free)}. Run `lrec quantize --method {method}` and load what it writes."
+            f"quantizer {method!r} needs calibration ({', '.join(sorted(quantizer.needs))}), which from_pretrained "
+            f"cannot give; on the fly: {', '.join(free)}. Run `lrec quantize --method {method}` and load its output."
         )
     return quantizer
 

@@ -154,4 +154,4 @@ def test_the_checkpoints_setting_wins_and_stays_through_a_copy(tmp_path):
 
 def test_no_tracker_may_be_asked_for_by_a_flag(tmp_path):
     flags = options.settings(["--output_dir", str(tmp_path), "--report_to", "none", "--use_cpu", "true"])
-    assert options.fill(flags, LrecConfig)[0].report_to == "none"
+    assert options.fill(flags, LrecConfig)[0].report_to == []
