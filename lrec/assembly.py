@@ -2,7 +2,8 @@
 
 Until `finish` there is no config.json and no index, only shards and `lrec_progress.json`, which says how far the run
 came and of which run it is; a shard is named in it only after it is on disk. So an interrupted run loses at most the
-block it was in, and a directory that loads is complete.
+block it was in, and a directory that loads is complete. Of several processes the main one writes; the others know
+what it knows.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lrec import checkpoint, formats, lowrank
+from lrec import checkpoint, formats, lowrank, processes
 from lrec.formats import Packed
 
 PROGRESS = "lrec_progress.json"
@@ -30,20 +31,26 @@ class Assembly:
         Raises ValueError if the directory holds anything else, so that nothing is overwritten.
         """
         self.directory, self.count = Path(directory), count
+        self.progress = processes.from_main(lambda: self._begin(fingerprint))
+
+    def _begin(self, fingerprint: str) -> dict:
         path = self.directory / PROGRESS
         if path.exists():
-            self.progress = checkpoint.read_json(path)
-            if self.progress.get("fingerprint") != fingerprint:
+            progress = checkpoint.read_json(path)
+            if progress.get("fingerprint") != fingerprint:
                 raise ValueError(
-                    f"{directory} holds an unfinished run with another model, text or settings; "
+                    f"{self.directory} holds an unfinished run with another model, text or settings; "
                     "remove it or choose another output_dir"
                 )
-        elif self.directory.exists() and any(self.directory.iterdir()):
-            raise ValueError(f"{directory} is not empty; choose another output_dir or remove it (nothing was changed)")
-        else:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self.progress = {"fingerprint": fingerprint, "blocks": [], "seconds": 0.0}
-            checkpoint.write_json(path, self.progress)
+            return progress
+        if self.directory.exists() and any(self.directory.iterdir()):
+            raise ValueError(
+                f"{self.directory} is not empty; choose another output_dir or remove it (nothing was changed)"
+            )
+        self.directory.mkdir(parents=True, exist_ok=True)
+        progress = {"fingerprint": fingerprint, "blocks": [], "seconds": 0.0}
+        checkpoint.write_json(path, progress)
+        return progress
 
     @property
     def num_done(self) -> int:
@@ -62,25 +69,27 @@ class Assembly:
 
     def save_rest(self, tensors: dict[str, Tensor], rows: list[dict]) -> None:
         """Writes what is in no block by full name, and the rows of those layers of it that are packed."""
-        checkpoint.write_tensors(self._shard(self.count), tensors)
+        if processes.is_main():
+            checkpoint.write_tensors(self._shard(self.count), tensors)
         self.progress["rest"] = rows
-        checkpoint.write_json(self.directory / PROGRESS, self.progress)
+        self._keep_progress()
 
     def save(self, tensors: dict[str, Tensor], rows: list[dict], factors: dict, seconds: float) -> None:
         """Writes the next block: its tensors by full name, its layers' rows and their low-rank factors."""
         index = self.num_done
-        checkpoint.write_tensors(self._shard(index), tensors)
-        if factors:
-            lowrank.save(factors, self._factor_file(index))
+        if processes.is_main():
+            checkpoint.write_tensors(self._shard(index), tensors)
+            if factors:
+                lowrank.save(factors, self._factor_file(index))
         self.progress["blocks"].append(rows)
         self.progress["seconds"] += seconds
-        checkpoint.write_json(self.directory / PROGRESS, self.progress)
+        self._keep_progress()
 
     def keep_sweep(self, rows: list[dict], seconds: float) -> None:
         """Notes what the sweep measured of its next block: rows of `allocation.to_target`'s table."""
         self.progress.setdefault("sweep", []).append(rows)
         self.progress["seconds"] += seconds
-        checkpoint.write_json(self.directory / PROGRESS, self.progress)
+        self._keep_progress()
 
     @property
     def sweep(self) -> list[list[dict]]:
@@ -106,12 +115,18 @@ class Assembly:
         """Writes tokenizer, config, index, report and manifest; returns the report.
 
         `config` is the model's configuration; `about` says method, settings and base, and goes into its
-        quantization_config and into the manifest.
+        quantization_config and into the manifest. All processes return once everything is written.
         """
+        report = self._report() | {"quantized_share": quantized_share}
+        if processes.is_main():
+            self._write_rest(config, about, base_dir, report)
+        processes.wait()
+        return report
+
+    def _write_rest(self, config, about: dict, base_dir: Path, report: dict) -> None:
         self._merge_factors()
         for path in checkpoint.tokenizer_files(base_dir):
             shutil.copyfile(path, self.directory / path.name)
-        report = self._report() | {"quantized_share": quantized_share}
         config.quantization_config = self._quantization_config(about, report)
         config.save_pretrained(self.directory)
         checkpoint.write_index(self.directory, [self._shard(i) for i in range(self.count + 1)])
@@ -120,7 +135,10 @@ class Assembly:
         checkpoint.write_json(self.directory / REPORT, report | {"layers": layers} | sweep)
         checkpoint.write_manifest(self.directory, about)
         (self.directory / PROGRESS).unlink()
-        return report
+
+    def _keep_progress(self) -> None:
+        if processes.is_main():
+            checkpoint.write_json(self.directory / PROGRESS, self.progress)
 
     def _report(self) -> dict:
         weights = sum(row["shape"][0] * row["shape"][1] for row in self.rows)

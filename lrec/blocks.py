@@ -5,12 +5,15 @@ quantized blocks before it produce, so that errors upstream are seen; linears th
 Without calibration text no block is run, and methods that need no statistics see the weights alone.
 A saved block is a done block: running the same pass again in the same directory loads the finished blocks, runs them
 for their outputs, and goes on, guarded by a fingerprint of model, settings and text.
+
+Several processes divide the calibration windows among them, each keeping the hidden states of its own, and add up the
+statistics of their inputs; then they divide the block's layers, and tell each other what those have become.
 """
 
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,22 +21,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lrec import allocation, anatomy, blockwise, checkpoint, embeddings, end_loss, inputs, lowrank, registry, sweep
+from lrec import allocation, anatomy, blockwise, checkpoint, embeddings, end_loss, lowrank, processes, registry, sweep
 from lrec.assembly import Assembly
+from lrec.calibration import Calibration
 from lrec.formats import Packed
+from lrec.inputs import collect
 from lrec.nn import replace
 from lrec.options import setting
 from lrec.quantizers import Quantizer, quantize_layer
+from lrec.rows import layer_row, packed_row
 from lrec.statistics import Statistics, matched
 from lrec.stream import BlockCall, StreamedModel, advance, trim
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The text a model is quantized with: `input_ids` (samples, length), and what to call it in reports."""
-
-    input_ids: Tensor
-    about: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +97,12 @@ class Pass:
             raise ValueError(
                 f"{registry.name_of(type(quantizer))} needs calibration ({wanted}); name a text with --dataset"
             )
+        if quantizer.refines and processes.count() > 1:
+            raise ValueError(
+                f"{registry.name_of(type(quantizer))} trains a block's factors on one window after the other, which "
+                f"{processes.count()} processes cannot divide; start one process, or set refine_epochs to 0"
+            )
+        self.own_windows = calibration.own(self.settings.batch_size) if calibration else None
         self.about = {
             "method": registry.name_of(type(quantizer)),
             "settings": asdict(quantizer),
@@ -131,7 +135,7 @@ class Pass:
         if self.settings.quantize_embeddings:
             self._pack_embeddings()
         if self.settings.end_loss_hessian and self.assembly.num_done < len(streamed):
-            found = end_loss.token_weights(streamed, self.calibration.input_ids)
+            found = end_loss.token_weights(streamed, self.calibration.input_ids, self.own_windows)
             self.token_weights = {streamed.anatomy.name(index): block for index, block in enumerate(found)}
         self._allocate()
         states, calls = self._embed()
@@ -195,7 +199,7 @@ class Pass:
     def _embed(self) -> tuple[list[Tensor], list[BlockCall | None]]:
         if self.calibration is None:
             return [], [None] * len(self.streamed)
-        batches = self.calibration.input_ids.split(self.settings.batch_size)
+        batches = self.calibration.input_ids[self.own_windows].split(self.settings.batch_size)
         return [self.streamed.embed(ids) for ids in batches], self.streamed.block_calls(batches[0])
 
     @torch.no_grad()
@@ -207,32 +211,50 @@ class Pass:
         `full` are the full-precision model's hidden states, where they are wanted: they are moved on behind the block.
         """
         name, linears = self.streamed.anatomy.name(index), anatomy.linears(block)
-        groups, statistics = self._see(block, name, states, call, full) if states else ([[n] for n in linears], None)
+        # By linear; those of a group have one and the same, which goes with the last of them.
+        seen: dict[str, Statistics | None] = dict.fromkeys(linears)
+        if states:
+            groups, statistics = self._see(block, name, states, call, full)
+            seen = {linear: statistics[i] for i, group in enumerate(groups) for linear in group}
+            del statistics
         refined, told = {}, {}
         if self.quantizer.refines:
-            packed = {
-                linear: self._pack(f"{name}.{linear}", self._target(linears[linear].weight, seen), seen)
-                for group, seen in zip(groups, statistics, strict=True)
-                for linear in group
-            }
+            packed = {n: self._pack(f"{name}.{n}", self._target(linears[n].weight, seen[n]), seen[n]) for n in seen}
             view = blockwise.view(block, states, full, call)
             refined, told = blockwise.refine(name, self.quantizer, packed, view)
-        rows, factors = [], {}
-        for group in groups:
+
+        def quantize(linear: str) -> tuple[Packed, dict, tuple[Tensor, Tensor] | None]:
             trim()
-            seen = statistics.pop(0) if statistics else None
-            hessian_KK = seen.hessian_KK if seen else None
-            for linear in group:
-                layer, w_NK = f"{name}.{linear}", linears.pop(linear).weight.float()
-                target_NK = self._target(w_NK, seen)
-                packed = refined.pop(linear) if refined else self._pack(layer, target_NK, seen)
-                row = layer_row(layer, packed, w_NK - packed.unpack(), w_NK, hessian_KK)
-                rows.append(row | {"bits": self.bits[layer]} | told | self.quantizer.measure(packed, w_NK))
-                if self.settings.init_rank:
-                    rank = min(self.settings.init_rank, *packed.shape)
-                    factors[layer] = lowrank.factor(target_NK - packed.unpack(), rank, hessian_KK)
-                replace(block, linear, packed)
+            weight_NK = linears[linear].weight.float()
+            return self._layer(f"{name}.{linear}", weight_NK, seen[linear], refined.pop(linear, None))
+
+        def cost(linear: str) -> int:
+            return linears[linear].weight.numel() * linears[linear].in_features  # of feeding errors back
+
+        rows, factors = [], {}
+        for linear, (packed, row, pair) in processes.each(list(seen), quantize, cost):
+            del linears[linear], seen[linear]
+            rows.append(row | told)
+            if pair is not None:
+                factors[f"{name}.{linear}"] = tuple(part.to(self.streamed.device) for part in pair)
+            replace(block, linear, packed.to(self.streamed.device))
         return rows, factors
+
+    def _layer(
+        self, layer: str, w_NK: Tensor, seen: Statistics | None, packed: Packed | None
+    ) -> tuple[Packed, dict, tuple[Tensor, Tensor] | None]:
+        """A layer packed, unless it is already; its row, and its low-rank factors if they are wanted."""
+        target_NK, hessian_KK = self._target(w_NK, seen), seen and seen.hessian_KK
+        packed = packed or self._pack(layer, target_NK, seen)
+        row = layer_row(layer, packed, w_NK - packed.unpack(), w_NK, hessian_KK) | {"bits": self.bits[layer]}
+        row |= self.quantizer.measure(packed, w_NK)
+        # Other processes may have other devices.
+        place = "cpu" if processes.count() > 1 else self.streamed.device
+        if not self.settings.init_rank:
+            return packed.to(place), row, None
+        rank = min(self.settings.init_rank, *packed.shape)
+        pair = lowrank.factor(target_NK - packed.unpack(), rank, hessian_KK)
+        return packed.to(place), row, tuple(part.to(place) for part in pair)
 
     def _pack(self, layer: str, w_NK: Tensor, seen: Statistics | None) -> Packed:
         return quantize_layer(layer, w_NK, allocation.with_bits(self.quantizer, self.bits[layer]), seen)
@@ -247,7 +269,8 @@ class Pass:
         """The groups of linears that share an input, in the order they run, and the statistics of each.
 
         `full`, the full-precision model's states, are moved on behind the block."""
-        groups = anatomy.shared_inputs(block, lambda: call(block, states[0][:1]))
+        # Found once, by the first window: another one's might reach other experts.
+        groups = processes.from_main(lambda: anatomy.shared_inputs(block, lambda: call(block, states[0][:1])))
         unseen = sorted(set(anatomy.linears(block)) - {linear for group in groups for linear in group})
         if unseen:
             raise ValueError(f"{name}: the calibration text never reaches {', '.join(unseen[:4])}; use more text")
@@ -255,10 +278,10 @@ class Pass:
         runs = [partial(call, block, state) for state in states]
         weights = end_loss.of_groups(self.token_weights.get(name, {}), block, groups, self.settings.batch_size)
         if full is None:
-            return groups, inputs.collect(block, groups, needs, runs, weights=weights)
+            return groups, collect(block, groups, needs, runs, weights=weights)
         cross = {"cross"} if self.settings.match_upstream else set()
         beside = [partial(advance, block, name, full, call, i) for i in range(len(full))]
-        return groups, inputs.collect(block, groups, needs | cross, runs, beside, weights)
+        return groups, collect(block, groups, needs | cross, runs, beside, weights)
 
     def _tensors(self, block: nn.Module, index: int) -> dict[str, Tensor]:
         """All tensors of a block by full name; what is not packed is as the checkpoint has it, in its own dtype."""
@@ -266,33 +289,7 @@ class Pass:
         return {f"{prefix}.{key}": stored.get(f"{prefix}.{key}", tensor) for key, tensor in block.state_dict().items()}
 
     def _fingerprint(self) -> str:
-        ids = self.calibration and hashlib.sha256(self.calibration.input_ids.numpy().tobytes()).hexdigest()
+        ids = self.calibration and self.calibration.sha256()
         settings = asdict(self.settings) | {"target_bpw": None}
         parts = [self.about, settings, ids, str(self.streamed.dtype)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def layer_row(layer: str, packed: Packed, residual_NK: Tensor, w_NK: Tensor, hessian_KK: Tensor | None) -> dict:
-    """What the report says of a layer; `error` is ||(W - Wq) X||^2 / ||W X||^2 over the calibration inputs, or, if
-    there are none, `weight_error` is ||W - Wq||^2 / ||W||^2."""
-    kind = "weight_error" if hessian_KK is None else "error"
-    return packed_row(layer, packed, **{kind: energy(residual_NK, hessian_KK) / energy(w_NK, hessian_KK)})
-
-
-def packed_row(layer: str, packed: Packed, **error: float) -> dict:
-    """What the report and the configuration say of a packed layer."""
-    return {
-        "name": layer,
-        "shape": list(packed.shape),
-        "bits_per_weight": packed.bits_per_weight,
-        "bytes": packed.nbytes,
-        **error,
-        "sha256": checkpoint.tensors_hash(packed.tensors()),
-        "spec": packed.spec(),
-    }
-
-
-def energy(w_NK: Tensor, hessian_KK: Tensor | None) -> float:
-    """tr(W H W^T), the mean squared output of a weight; without H, ||W||^2. Never zero, so that one may divide."""
-    total = (w_NK.square() if hessian_KK is None else w_NK @ hessian_KK * w_NK).sum()
-    return float(total.clamp_min(torch.finfo(torch.float32).tiny))

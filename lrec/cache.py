@@ -6,7 +6,8 @@
 
 A shard is named in the manifest only after it is on disk, and both are written whole or not at all. So an interrupted
 capture loses at most the shard it was in, going on gives the same bytes, and what the manifest names is valid even if
-the disk fills up. A cache that is not complete, or that has been altered, opens for nobody but the capture.
+the disk fills up. A cache that is not complete, or that has been altered, opens for nobody but the capture. Several
+processes may write shards; the main one keeps the manifest.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lrec import checkpoint
+from lrec import checkpoint, processes
 from lrec.head import Head
 
 HEAD = "head.safetensors"
@@ -56,31 +57,37 @@ class TargetCache:
 
     @classmethod
     def begin(cls, directory: Path, about: dict) -> "TargetCache":
-        """The unfinished cache of this description: a new one, or what an interrupted capture left.
+        """The unfinished cache of this description: a new one, or what an interrupted capture left. Collective.
 
         Raises ValueError if the directory holds anything else, and then names what differs."""
         cache = cls.__new__(cls)
         cache.directory, cache.about, cache.files = Path(directory), about, {}
-        cache.directory.mkdir(parents=True, exist_ok=True)
-        for partial in cache.directory.glob(".*.partial"):
+        cache.files = processes.from_main(cache._begin)
+        return cache
+
+    def _begin(self) -> dict[str, dict]:
+        """The files that are there, by name, in a directory made ready."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for partial in self.directory.glob(".*.partial"):
             partial.unlink()
-        path = cache.directory / checkpoint.MANIFEST
+        path = self.directory / checkpoint.MANIFEST
         if path.exists():
-            checkpoint.verify(cache.directory)
+            checkpoint.verify(self.directory)
             found = checkpoint.read_json(path)
-            cache.files = found["files"]
-            wanted = {"format_version": checkpoint.FORMAT_VERSION, **about}
+            wanted = {"format_version": checkpoint.FORMAT_VERSION, **self.about}
             differ = [key for key in {**wanted, **found} if key not in INCIDENTAL and wanted.get(key) != found.get(key)]
             if differ:
                 raise ValueError(
-                    f"{directory} holds a cache of another {', '.join(differ)}; "
+                    f"{self.directory} holds a cache of another {', '.join(differ)}; "
                     "choose another output_dir or remove it (nothing was changed)"
                 )
-        elif any(cache.directory.iterdir()):
-            raise ValueError(f"{directory} is not empty; choose another output_dir or remove it (nothing was changed)")
-        else:
-            cache._write_manifest()
-        return cache
+            return found["files"]
+        if any(self.directory.iterdir()):
+            raise ValueError(
+                f"{self.directory} is not empty; choose another output_dir or remove it (nothing was changed)"
+            )
+        self._write_manifest()
+        return self.files
 
     @property
     def num_shards(self) -> int:
@@ -96,11 +103,15 @@ class TargetCache:
         """The file of a shard."""
         return self.directory / f"targets-{index + 1:05}.safetensors"
 
-    def add(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Writes a file of the cache, then names it in the manifest."""
-        checkpoint.write_tensors(path, tensors)
-        self.files[path.name] = checkpoint.file_entry(path)
-        self._write_manifest()
+    def add(self, path: Path, tensors: dict[str, Tensor] | None) -> None:
+        """Writes a file of the cache, if this process has one, then names in the manifest what all have written."""
+        entry = None
+        if tensors is not None:
+            checkpoint.write_tensors(path, tensors)
+            entry = path.name, checkpoint.file_entry(path)
+        self.files |= dict(found for found in processes.everyones(entry) if found is not None)
+        if processes.is_main():
+            self._write_manifest()
 
     def head(self) -> Head:
         """The teacher's head, mapped from the file rather than read."""

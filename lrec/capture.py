@@ -2,7 +2,8 @@
 
 The text goes in sweeps of a bounded number of tokens. A sweep is embedded, passes block after block, each read from
 safetensors while the one before it runs, and ends as one shard of the cache; then its memory is free for the next one.
-So memory holds two blocks and the hidden states of a sweep, and an interrupted capture loses at most one sweep.
+So memory holds two blocks and the hidden states of a sweep, and an interrupted capture loses at most one sweep. Several
+processes take the sweeps in turn, and write what one would.
 
 Larger sweeps read the weights less often. On a 2-core EPYC (2026-11-25) a block of SmolLM2 takes 15 ms of CPU to load
 from the page cache and 0.3 s to run 4096 tokens, so that reading ahead can hide 5 % there; the faster the device and
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lrec import checkpoint, load, machine, text, topk
+from lrec import checkpoint, load, machine, processes, text, topk
 from lrec.cache import HEAD, KEY_BYTES, TargetCache, ids_hash, tokenizer_mark, window_key
 from lrec.formats import Packed
 from lrec.forward import StreamedForward
@@ -145,7 +146,7 @@ class Capture:
     def run(self) -> dict:
         """Captures every shard not yet on disk; the report. Raises OSError (ENOSPC), before anything is written, if
         the disk has no room, and ValueError for a directory of something else or a block whose output is not finite."""
-        plan, start = self.plan(), time.monotonic()
+        plan, start = processes.from_main(self.plan), time.monotonic()
         if not plan["fits"]:
             raise OSError(
                 errno.ENOSPC,
@@ -154,7 +155,7 @@ class Capture:
             )
         calls = self.streamed.block_calls(self.ids_nL[:1])
         cache = TargetCache.begin(self.directory, self.about)
-        head_tensors, self.head = self._head_tensors(), None
+        head_tensors, self.head = self._head_tensors() if processes.is_main() else None, None
         self.streamed.free_embeddings()
         if HEAD not in cache.files:
             cache.add(self.directory / HEAD, head_tensors)
@@ -164,9 +165,11 @@ class Capture:
         windows = self.ids_nL.split(self.windows_per_shard)
         done = sum(map(len, windows[: cache.num_done]))
         with tqdm(total=len(windows), initial=cache.num_done, desc="capture", unit="shard", disable=None) as bar:
-            for index in range(cache.num_done, len(windows)):
-                cache.add(cache.shard(index), self._sweep(windows[index], index, calls))
-                bar.update()
+            for first in range(cache.num_done, len(windows), processes.count()):
+                index = first + processes.index()
+                made = self._sweep(windows[index], index, calls) if index < len(windows) else None
+                cache.add(cache.shard(index), made)
+                bar.update(cache.num_done - bar.n)
         seconds, new = time.monotonic() - start, (len(self.ids_nL) - done) * self.ids_nL.shape[1]
         found = {key: plan[key] for key in ("kind", "num_windows", "num_tokens", "num_shards", "bytes_per_token")}
         on_disk = sum(entry["bytes"] for entry in cache.files.values())

@@ -27,6 +27,9 @@ VERBS = {
     "explain": "which kernel serves each layer here, and why faster ones stand aside",
 }
 
+# The verbs that the processes of an `accelerate launch` share; each of the others is one process's work.
+SHARED = ("quantize", "cache", "train")
+
 # The setting that a word right after the verb gives.
 FIRST = {"bench": "what", "push": "directory"}
 
@@ -233,6 +236,18 @@ def show(report: dict) -> str:
     return "\n".join(lines)
 
 
+def join(verb: str) -> None:
+    """Connects this process to the others of its launch. Raises ValueError for a verb that they cannot share."""
+    from lrec import processes
+
+    if verb not in SHARED:
+        raise ValueError(
+            f"{processes.count()} processes were started, but this is one process's work: leave `accelerate launch` "
+            f"or `torchrun` out; {', '.join(SHARED)} and recipes share theirs"
+        )
+    processes.state()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -247,12 +262,15 @@ def main(argv: list[str] | None = None) -> int:
             print(help_text(verb, values))
             return 0
         as_json = bool(values.pop("json", False))
-        from lrec import load
+        from lrec import load, processes
 
+        if processes.count() > 1:
+            join(verb)
         with contextlib.redirect_stdout(sys.stderr):
             load.quiet()
             report = globals()["import_" if verb == "import" else verb](values)
-        print(json.dumps(report) if as_json else show(report))
+        if processes.is_main():
+            print(json.dumps(report) if as_json else show(report))
         return int(bool(report.get("failed")))
     except ValueError as error:
         print(f"lrec{' ' + verb if verb else ''}: {error}", file=sys.stderr)

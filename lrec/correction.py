@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lrec import assembly, checkpoint, load, memory, offload, stream, text, trained
+from lrec import assembly, checkpoint, load, memory, offload, processes, stream, text, trained
 from lrec.cache import TargetCache
 from lrec.capture import Capture, CaptureSettings
 from lrec.learning import Learning
@@ -81,11 +81,12 @@ class Train(Learning, Text, Place):
                 halve(Path(self.output_dir) / "adapter_model.safetensors")
             checkpoint.write_json(Path(self.output_dir) / checkpoint.ADAPTER_STAMP, report)
             shutil.rmtree(Path(self.output_dir) / WORKING_CACHE, ignore_errors=True)
+        processes.wait()
         return report
 
     def check_free(self, config) -> None:
         """Raises ValueError for an output_dir that holds something, unless training is to go on there."""
-        found = {path.name for path in Path(self.output_dir).glob("*")} - {WORKING_CACHE}
+        found = processes.from_main(lambda: {path.name for path in Path(self.output_dir).glob("*")}) - {WORKING_CACHE}
         if found and not config.resume_from_checkpoint:
             raise ValueError(
                 f"{self.output_dir} is not empty; choose another output_dir, remove it (nothing was changed), "
@@ -105,7 +106,7 @@ class Train(Learning, Text, Place):
         none yet training starts anew, and says so."""
         if not isinstance(resume, bool) or not resume:
             return resume or None
-        whole = whole_checkpoints(Path(self.output_dir))
+        whole = processes.from_main(lambda: whole_checkpoints(Path(self.output_dir)))
         if not whole:
             warnings.warn(f"{self.output_dir} has no whole checkpoint yet: training starts anew", stacklevel=2)
             return None
@@ -144,8 +145,6 @@ class Train(Learning, Text, Place):
 
         Raises ValueError if there is neither a teacher nor a cache, or if the cache is another teacher's.
         """
-        from accelerate import PartialState
-
         if not self.teacher and not self.teacher_cache:
             raise ValueError("missing --teacher, the full-precision model, or --teacher_cache, what it said")
         if self.teacher_cache:
@@ -157,9 +156,8 @@ class Train(Learning, Text, Place):
         if self.teacher_targets == "live":
             return None
         place = Path(self.output_dir) / WORKING_CACHE
-        with PartialState().main_process_first():
-            settings = CaptureSettings(what=self.teacher_targets)
-            Capture.of(self.teacher, ids, place, settings, self.device, self.dtype).run()
+        settings = CaptureSettings(what=self.teacher_targets)
+        Capture.of(self.teacher, ids, place, settings, self.device, self.dtype).run()
         return TargetCache(place)
 
     def base(self, config):

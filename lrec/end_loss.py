@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lrec import anatomy
+from lrec import anatomy, processes
 from lrec.forward import reach_head
 from lrec.head import Head
 from lrec.stream import BlockCall, StreamedModel, advance
@@ -25,31 +25,40 @@ SWEEP_TOKENS = 4096
 CHUNK_TOKENS = 256  # whose logits are made at once
 
 
-def token_weights(streamed: StreamedModel, input_ids_nL: Tensor, seed: int = 0) -> list[dict[str, Tensor]]:
-    """For each block, by its linears' names: (n, L), the mean over output channels of (dl/dy)^2.
+def token_weights(
+    streamed: StreamedModel, input_ids_nL: Tensor, own: slice = slice(None), seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """For each block, by its linears' names: (n', L), the mean over output channels of (dl/dy)^2 for the windows `own`.
 
-    Labels are drawn with a generator of this seed. Embeddings and head must be in memory, and stay there.
+    Labels are drawn with a generator of this seed. Embeddings and head must be in memory, and stay there. Other
+    processes do the other windows; a linear is named in all of them, or in none.
     """
-    generator, found = torch.Generator().manual_seed(seed), []
-    sweeps = input_ids_nL.split(max(1, SWEEP_TOKENS // input_ids_nL.shape[1]))
+    n, L = input_ids_nL.shape
+    # For all windows, so that each has its own whoever does it.
+    uniform_nl = torch.rand(n, L - 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[own]
+    size, found = max(1, SWEEP_TOKENS // L), []
+    sweeps = list(zip(input_ids_nL[own].split(size), uniform_nl.split(size), strict=True))
     calls, head = streamed.block_calls(input_ids_nL[:1]), Head.of(streamed.model)
-    for ids_wL in tqdm(sweeps, desc="end-loss gradients", unit="sweep", disable=None):
+    for ids_wL, uniform_wl in tqdm(sweeps, desc="end-loss gradients", unit="sweep", disable=None):
         states = [streamed.embed(ids) for ids in ids_wL.split(1)]
         before = []
         for index, call in enumerate(calls):
             before.append([*states])
             advance(streamed.load(index), streamed.anatomy.name(index), states, call)
             streamed.free(index)
-        grads = [_at_last_block(streamed, head, state, generator) for state in states]
+        grads = [_at_last_block(streamed, head, *each) for each in zip(states, uniform_wl, strict=True)]
         swept = [_back(streamed, index, before.pop(), grads, calls[index]) for index in reversed(range(len(calls)))]
         found.append(swept[::-1])
-    return [{name: torch.cat([part[i][name] for part in found]) for name in found[0][i]} for i in range(len(calls))]
+    named = processes.everyones([[set(block) for block in swept] for swept in found])
+    common = [set.intersection(*(swept[i] for theirs in named for swept in theirs)) for i in range(len(calls))]
+    return [{name: torch.cat([part[i][name] for part in found]) for name in common[i]} for i in range(len(calls))]
 
 
 def of_groups(
     weights: dict[str, Tensor], block: nn.Module, groups: list[list[str]], batch_size: int
 ) -> list[list[Tensor] | None]:
-    """What tokens weigh for the linears of a group, (batch_size * L,) for each batch of windows, 1 in the mean.
+    """What tokens weigh for the linears of a group, (batch_size * L,) for each batch of windows, 1 in the mean over all
+    processes.
 
     All output channels of a group count alike. None for a group of which `weights` do not know every linear, or that
     no gradient reaches: its tokens all weigh the same.
@@ -60,13 +69,15 @@ def of_groups(
             found.append(None)
             continue
         total_nL = sum(linears[name].out_features * weights[name] for name in group)
-        mean = total_nL.mean()
+        sums = processes.everyones((float(total_nL.double().sum()), total_nL.numel()))
+        mean = sum(weight for weight, _ in sums) / sum(tokens for _, tokens in sums)
         found.append([part.flatten() for part in (total_nL / mean).split(batch_size)] if mean > 0 else None)
     return found
 
 
-def _at_last_block(streamed: StreamedModel, head: Head, hidden_1LH: Tensor, generator: torch.Generator) -> Tensor:
-    """dl/dh for the last block's output h; the last position predicts nothing that is known."""
+def _at_last_block(streamed: StreamedModel, head: Head, hidden_1LH: Tensor, uniform_l: Tensor) -> Tensor:
+    """dl/dh for the last block's output h, labels being drawn by `uniform_l` (L - 1,); the last position predicts
+    nothing that is known."""
     with torch.enable_grad():
         hidden_1LH = hidden_1LH.detach().requires_grad_()
         seen_1LH = reach_head(streamed, hidden_1LH)
@@ -77,7 +88,7 @@ def _at_last_block(streamed: StreamedModel, head: Head, hidden_1LH: Tensor, gene
         slope = head.slope(logits_nV)
         p_nV = logits_nV.softmax(-1)
         # By the inverse of the distribution, so that any device draws the same.
-        uniform_n1 = torch.rand(len(p_nV), 1, generator=generator, dtype=torch.float64).to(p_nV)
+        uniform_n1 = uniform_l[part, None].to(p_nV)
         label_n1 = torch.searchsorted(p_nV.cumsum(-1), uniform_n1).clamp_max_(p_nV.shape[1] - 1)
         grad_nV = p_nV.scatter_add_(1, label_n1, -torch.ones_like(uniform_n1)).mul_(slope)
         grad_LH[part] = head.backward(grad_nV).to(grad_LH)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import nn
 
-from lrec import assembly, checkpoint, conversations, evaluate, load, memory, stream, text
+from lrec import assembly, checkpoint, conversations, evaluate, load, memory, processes, stream, text
 from lrec.correction import Train, evaluations, halve, history
 from lrec.losses import IGNORE
 from lrec.meter import Meter
@@ -99,6 +99,7 @@ class Finetune(Train):
         report |= self.built_on(model) | told
         if trainer.is_world_process_zero():
             self.finish(report)
+        processes.wait()
         return report
 
     def rows(self, tokenizer, config: FinetuneConfig) -> tuple[list[list[int]], list[list[int]]]:

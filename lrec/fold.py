@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lrec import anatomy, formats, rewrite
 from lrec.assembly import Assembly
-from lrec.blocks import layer_row, packed_row
 from lrec.formats.uniform import Uniform
 from lrec.inputs import collect
 from lrec.lora_files import LoraFiles
@@ -25,6 +24,7 @@ from lrec.nn import PackedLinear, replace
 from lrec.quantizers import quantize_layer
 from lrec.quantizers.gptq import GPTQ
 from lrec.report import packed_config
+from lrec.rows import layer_row, packed_row
 from lrec.stream import BlockCall, StreamedModel, advance
 
 BATCH = 2  # windows run through a block at once

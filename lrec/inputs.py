@@ -22,7 +22,8 @@ def collect(
     beside: Sequence[Callable[[], object]] | None = None,
     weights: list[Sequence[Tensor] | None] | None = None,
 ) -> list[Statistics]:
-    """The input statistics of each group of linears over everything that `runs` feed the block, one after the other.
+    """The input statistics of each group of linears over everything that `runs` feed the block, one after the other, in
+    all processes together.
 
     `beside`, if given, has for each of them what feeds the block the full-precision model's states of the same tokens;
     `weights`, for each group (or None) and each run, what its tokens (T,) count for.
@@ -35,7 +36,7 @@ def collect(
         with _watched(firsts, [collector.add for collector in collectors]):
             for run in runs:
                 run()
-        return [collector.result() for collector in collectors]
+        return [collector.pool().result() for collector in collectors]
     seen: list[list[Tensor]] = [[] for _ in groups]
     with _watched(firsts, [parts.append for parts in seen]):
         for i, run in enumerate(runs):
@@ -47,7 +48,7 @@ def collect(
             counts = [parts and parts[i] for parts in weights or [None] * len(groups)]
             for collector, *given in zip(collectors, _taken(seen), clean, counts, strict=True):
                 collector.add(*given)
-    return [collector.result() for collector in collectors]
+    return [collector.pool().result() for collector in collectors]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lrec import checkpoint, text, trained
+from lrec import checkpoint, processes, text, trained
 
 
 def quiet() -> None:
@@ -19,7 +19,11 @@ def quiet() -> None:
 
 
 def device_of(name: str = "auto") -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU. Raises ValueError for a device torch does not have."""
+    """`auto` is the first GPU if there is one, else the CPU; of several processes each has its own.
+
+    Raises ValueError for a device torch does not have."""
+    if name == "auto" and processes.count() > 1:
+        return processes.state().device
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

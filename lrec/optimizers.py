@@ -15,6 +15,8 @@ import functools
 import torch
 from torch import Tensor
 
+from lrec import processes
+
 SIXTEEN_BITS = 1 << 16
 
 
@@ -36,6 +38,7 @@ class OneByOne(torch.optim.Optimizer):
         super().__init__(inner.param_groups, inner.defaults)
         self.inner, self.state = inner, inner.state
         self.all_finite: dict[torch.device, Tensor] = {}
+        self.noise: torch.Generator | None = None  # torch's own
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -44,10 +47,13 @@ class OneByOne(torch.optim.Optimizer):
         finite, self.all_finite = all(self.all_finite.values()), {}
         if not finite:
             raise ValueError("a gradient was not finite, and fused_backward has applied it")
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.step_one(group, parameter)
+        stepped = [(g, parameter) for g in self.param_groups for parameter in g["params"] if parameter.grad is not None]
+        if stepped and processes.count() > 1:
+            # Rounded alike in all processes, whose own random numbers may have been used up at different rates.
+            seed = processes.from_main(lambda: int(torch.randint(2**62, ())))
+            self.noise = torch.Generator(stepped[0][1].device).manual_seed(seed)
+        for group, parameter in stepped:
+            self.step_one(group, parameter)
 
     def fuse(self) -> list:
         """From now on backward itself steps each parameter. Returns the handles by which hooks are removed."""
@@ -69,7 +75,7 @@ class OneByOne(torch.optim.Optimizer):
         self.inner.step()
         parameter.grad = None
         if narrow:
-            parameter.data = stochastic_round(parameter.data)
+            parameter.data = stochastic_round(parameter.data, self.noise)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As torch does it, but the state keeps its dtype instead of taking that of a bfloat16 parameter."""

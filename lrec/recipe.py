@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lrec import assembly, checkpoint, effort, load, options, report, text
+from lrec import assembly, checkpoint, effort, load, options, processes, report, text
 from lrec.blocks import PassSettings
 from lrec.correction import Train
 from lrec.learning import Learning
@@ -44,17 +44,13 @@ class Recipe(Learning):
     def run(self, quantizer: Quantizer, config, passing: PassSettings | None = None) -> list[dict]:
         """Runs all stages and prints the table and continuations; `config` is the LrecConfig of the training.
 
-        Under several processes the first one quantizes and evaluates, all of them train. Returns the table's rows.
+        Several processes share quantizing and training; the main one evaluates. Returns the table's rows.
         """
-        from accelerate import PartialState
-
         load.quiet()
-        state = PartialState()
-        with state.main_process_first():
-            self.quantize(quantizer, passing)
+        self.quantize(quantizer, passing)
         self.correct(config)
-        state.wait_for_everyone()
-        if not state.is_main_process:
+        processes.wait()
+        if not processes.is_main():
             return []
         if not Path(self.path("export")).exists():
             Export(

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lrec import assembly, checkpoint, text
+from lrec import assembly, checkpoint, processes, text
 from lrec.blocks import PassSettings
 from lrec.correction import Train, whole_checkpoints
 from lrec.options import setting
@@ -49,6 +49,11 @@ class Preprocess:
         """
         if self.preprocess == "none":
             return quantize.run(quantizer, passing)
+        if processes.count() > 1:
+            raise ValueError(
+                f"preprocess = {self.preprocess} runs its stages one after the other in one process, but there are "
+                f"{processes.count()}: start `lrec quantize` without `accelerate launch`"
+            )
         if quantize.dataset is None:
             raise ValueError(f"preprocess = {self.preprocess} trains on a text; name one with --dataset")
         passing, output_dir = passing or PassSettings(), Path(quantize.output_dir)

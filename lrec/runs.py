@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from lrec import checkpoint, conversations, effort, export, imports, load, machine, record, text
-from lrec.blocks import Calibration, Pass, PassSettings
+from lrec.blocks import Pass, PassSettings
+from lrec.calibration import Calibration
 from lrec.capture import Capture, CaptureSettings
 from lrec.options import setting
 from lrec.quantizers import Quantizer

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrec import registry
+from lrec import processes, registry
 
 NEEDS = frozenset({"hessian", "maxima", "cross"})
 
@@ -28,26 +28,6 @@ class Statistics:
     hessian_KK: Tensor | None = None
     maxima_K: Tensor | None = None
     cross_KK: Tensor | None = None
-
-    def merge(self, other: "Statistics") -> "Statistics":
-        """The statistics of both sets of tokens together, as of data-parallel workers: means weighted by tokens.
-
-        Raises ValueError if one side lacks a statistic that the other has.
-        """
-        for name in ("hessian_KK", "maxima_K", "cross_KK"):
-            if (getattr(self, name) is None) != (getattr(other, name) is None):
-                raise ValueError(
-                    f"cannot merge statistics of which one alone has {name}; collect both with the same needs"
-                )
-        total = self.num_tokens + other.num_tokens
-        hessian, cross = (
-            None if mine is None else torch.lerp(mine, theirs.to(mine), other.num_tokens / total)
-            for mine, theirs in ((self.hessian_KK, other.hessian_KK), (self.cross_KK, other.cross_KK))
-        )
-        maxima = self.maxima_K
-        if maxima is not None:
-            maxima = torch.maximum(maxima, other.maxima_K.to(maxima))
-        return Statistics(num_tokens=total, hessian_KK=hessian, maxima_K=maxima, cross_KK=cross)
 
 
 def matched(w_NK: Tensor, seen: Statistics, strength: float = 1.0, damping: float = 0.01) -> Tensor:
@@ -119,6 +99,24 @@ class Collector:
         if "maxima" in self.needs:
             known = self._maxima_K
             self._maxima_K = maxima_K if known is None else torch.maximum(known, maxima_K)
+
+    def pool(self) -> "Collector":
+        """Adds what all other processes have collected of this input, each of which must call this; returns itself."""
+        if processes.count() > 1:
+            device = processes.state().device
+            self.num_tokens = int(processes.total(torch.tensor(self.num_tokens, device=device)))
+            for need, name, reduce in (
+                ("hessian", "_gram_KK", processes.total),
+                ("cross", "_cross_KK", processes.total),
+                ("maxima", "_maxima_K", processes.largest),
+            ):
+                held = getattr(self, name)
+                if need in self.needs and held is None:
+                    # No token of this process has reached the input, as may be with an expert's.
+                    shape = (self.K,) if need == "maxima" else (self.K, self.K)
+                    held = torch.zeros(shape, dtype=self.dtype, device=device)
+                setattr(self, name, held if held is None else reduce(held))
+        return self
 
     def result(self) -> Statistics:
         """The statistics of everything added so far. Raises ValueError if that is nothing."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lrec import anatomy
+from lrec import anatomy, processes
 from lrec.assembly import Assembly
 from lrec.quantizers import Quantizer, quantize_layer
 from lrec.statistics import Statistics
@@ -44,9 +44,13 @@ def table(
         block = streamed.load(index)
         if index >= done:
             anatomy.check_finite(block, name)
-            probe, rows = Probe(block, name, calls[index], states), []
-            for group, statistics in zip(*see(block, name, states, calls[index]), strict=True):
-                rows += [probe.measure(linear, choices[f"{name}.{linear}"], statistics) for linear in group]
+            probe = Probe(block, name, calls[index], states)
+            jobs = [
+                (linear, choices[f"{name}.{linear}"], statistics)
+                for group, statistics in zip(*see(block, name, states, calls[index]), strict=True)
+                for linear in group
+            ]
+            rows = [row for _, row in processes.each(jobs, probe.measure, probe.cost)]
             assembly.keep_sweep(rows, time.monotonic() - start)
         advance(block, name, states, calls[index])
         streamed.free(index)
@@ -57,13 +61,22 @@ class Probe:
     """A block in full precision and a few windows of calibration text, on which it is run with one layer packed."""
 
     def __init__(self, block: nn.Module, name: str, call: BlockCall, states: list[Tensor]):
-        """`name` is the block's; of its input `states`, batches (B, L, H), the first WINDOWS windows are taken."""
+        """`name` is the block's; of its input `states`, batches (B, L, H), the first WINDOWS windows are taken, among
+        those of all processes."""
         self.block, self.name, self.call = block, name, call
-        self.input_BLH = torch.cat(states[:WINDOWS])[:WINDOWS]
+        self.input_BLH = processes.together(torch.cat(states[:WINDOWS])[:WINDOWS])[:WINDOWS]
         self.exact_BLH = call(block, self.input_BLH)
 
-    def measure(self, linear: str, quantizers: list[Quantizer], statistics: Statistics) -> dict:
-        """A linear's row of the table of `allocation.to_target`: bytes and error under each of the quantizers."""
+    def cost(self, job: tuple[str, list[Quantizer], Statistics]) -> int:
+        """What `measure(job)` takes, relative to other layers of the block."""
+        linear, quantizers, _ = job
+        weight_NK = self.block.get_submodule(linear).weight
+        return len(quantizers) * weight_NK.numel() * weight_NK.shape[1]
+
+    def measure(self, job: tuple[str, list[Quantizer], Statistics]) -> dict:
+        """The row of a (linear, quantizers, statistics) in the table of `allocation.to_target`: bytes and error under
+        each of the quantizers."""
+        linear, quantizers, statistics = job
         module, layer, choices = self.block.get_submodule(linear), f"{self.name}.{linear}", []
         exact_NK = module.weight.data
         for quantizer in quantizers:

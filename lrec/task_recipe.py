@@ -6,7 +6,7 @@ The first two stages are those of a `Recipe`, and taken over where they are foun
 from dataclasses import dataclass
 from pathlib import Path
 
-from lrec import checkpoint, conversations, evaluate, load, report
+from lrec import checkpoint, conversations, evaluate, load, processes, report
 from lrec.blocks import PassSettings
 from lrec.finetune import Finetune, FinetuneConfig
 from lrec.options import setting
@@ -31,17 +31,13 @@ class TaskRecipe(Recipe):
     ) -> list[dict]:
         """Runs all stages, `correcting` being the correction's settings and `config` the task's, and prints the table
         and what each stage answers. Returns the table's rows."""
-        from accelerate import PartialState
-
         load.quiet()
-        state = PartialState()
         correcting.output_dir = self.path("adapter")
-        with state.main_process_first():
-            self.quantize(quantizer, passing)
+        self.quantize(quantizer, passing)
         self.correct(correcting)
         self.learn(config)
-        state.wait_for_everyone()
-        if not state.is_main_process:
+        processes.wait()
+        if not processes.is_main():
             return []
         rows, answers = self.compare_answers()
         print("\n".join(["", *report.table(rows), "", *answers]))

@@ -25,7 +25,7 @@ from lrec import trained
 from lrec.cpu_embeddings import keep_on_cpu
 from lrec.head import Head, output_layer, verify_head
 from lrec.load import activate
-from lrec.losses import DIVERGENCES, Objective, divergence, shift_labels
+from lrec.losses import DIVERGENCES, IGNORE, Objective, divergence, shift_labels
 from lrec.optimizers import OneByOne
 from lrec.step import SplitBlocks, StepConfig
 from lrec.teacher import LiveTeacher, Teacher, final_hidden
@@ -239,9 +239,13 @@ class LrecTrainer(SFTTrainer):
         super().log(logs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss alone: logits are never made."""
+        """The loss alone: logits are never made. Rows that fill up the last batch of several processes do not count."""
+        inputs, loader = self._prepare_inputs(inputs), self.accelerator.gradient_state
+        if loader.end_of_dataloader and loader.remainder > 0:
+            own = loader.remainder - self.accelerator.process_index * self.args.eval_batch_size
+            inputs["labels"][max(own, 0) :] = IGNORE
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            return self.compute_loss(model, inputs).detach(), None, None
 
     def _record(self, total, batch: dict[str, Tensor]) -> dict[str, float]:
         mode = "train" if self.model.training else "eval"
@@ -250,10 +254,15 @@ class LrecTrainer(SFTTrainer):
         *sums, num_tokens, num_seen = self.accelerator.reduce(parts).tolist()
         if not math.isfinite(sum(sums)):
             raise DivergedError(self._where_not_finite(batch))
+        if mode == "eval":
+            # The mean over an evaluation is one of tokens, not of batches, however many processes share these.
+            before = self._evaluated if self._metrics[mode] else [0.0] * 4
+            self._evaluated = [a + b for a, b in zip(before, (*sums, num_tokens), strict=True)]
+            *sums, num_tokens = self._evaluated
         terms = {name: value / max(num_tokens, 1) for name, value in zip(("kl", "ce", "hidden"), sums, strict=True)}
         means = {name: value for name, value in terms.items() if getattr(self.objective, f"{name}_weight")}
         for name, value in means.items():
-            self._metrics[mode][name].append(value)
+            self._metrics[mode][name] = [*(self._metrics[mode][name] if mode == "train" else ()), value]
         self._total_train_tokens += int(num_seen) // self._tp_size if mode == "train" else 0
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         return means

@@ -3,7 +3,9 @@
 import multiprocessing
 import os
 import random
+import socket
 import time
+from functools import partial
 
 import torch
 
@@ -58,6 +60,27 @@ def tiny_model(directory, max_shard_size="50GB", **changes):
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(directory)
     return model
+
+
+def run_together(job, count=2):
+    """Runs job(), which must be picklable, in `count` processes connected as a launcher does it (gloo, on the CPU)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [_apart(partial(_member, job, rank, count, port)) for rank in range(count)]
+    for child in children:
+        child.join()
+    codes = [child.exitcode for child in children]
+    assert codes == [0] * count, f"the processes ended with exit codes {codes}"
+
+
+def _member(job, rank, count, port):
+    known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in known.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    torch.set_num_threads(1)
+    job()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _apart(job):

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lrec"
 # A module may import from its own floor and from those below it (earlier in this list).
 FLOORS = [
-    "registry options machine picture",
+    "registry options machine picture processes",
     "formats",
     "grid kernels statistics",
     "quantizers nn",
@@ -18,8 +18,8 @@ FLOORS = [
     "trained record card",
     "watch",
     "integrations conversations pooling",
-    "stream load assembly allocation sweep blockwise inputs meter forward step ends shapes rehearsal offload "
-    "lora_files end_loss",
+    "stream load assembly calibration allocation sweep blockwise inputs meter forward step ends shapes rehearsal "
+    "offload lora_files end_loss rows",
     "blocks capture trainer evaluate export report bench memory pass_memory estimate rewrite fold touch_up imports",
     "effort learning",
     "runs correction hub",

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lrec import anatomy, checkpoint, registry, text
 from lrec.assembly import Assembly
-from lrec.blocks import packed_row
 from lrec.formats import Packed
+from lrec.rows import packed_row
 
 
 class Import:

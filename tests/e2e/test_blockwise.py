@@ -9,7 +9,8 @@ from checks import assert_close, tiny_model
 from safetensors.torch import load_file
 
 from lrec import assembly, blockwise, checkpoint, load, lowrank, restore
-from lrec.blocks import Calibration, Pass, PassSettings
+from lrec.blocks import Pass, PassSettings
+from lrec.calibration import Calibration
 from lrec.cli import main
 from lrec.quantizers.ptq161 import Ptq161
 from lrec.statistics import Collector

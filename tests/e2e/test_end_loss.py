@@ -8,7 +8,8 @@ from checks import assert_close, tiny_model
 from torch.nn import functional
 
 from lrec import end_loss, load
-from lrec.blocks import Calibration, Pass, PassSettings
+from lrec.blocks import Pass, PassSettings
+from lrec.calibration import Calibration
 from lrec.inputs import collect
 from lrec.quantizers.gptq import GPTQ
 from lrec.statistics import Collector, Statistics

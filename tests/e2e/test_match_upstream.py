@@ -5,7 +5,8 @@ import torch
 from checks import assert_close, tiny_model
 
 from lrec import assembly, load, lowrank
-from lrec.blocks import Calibration, Pass, PassSettings
+from lrec.blocks import Pass, PassSettings
+from lrec.calibration import Calibration
 from lrec.quantizers.gptq import GPTQ
 from lrec.quantizers.rtn import RTN
 from lrec.statistics import NEEDS, Collector, matched

@@ -16,7 +16,8 @@ FLOAT32 = 4
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from lrec.blocks import Calibration, Pass
+from lrec.blocks import Pass
+from lrec.calibration import Calibration
 from lrec import kernels
 from lrec.meter import Meter
 from lrec.quantizers.gptq import GPTQ

@@ -50,23 +50,11 @@ def test_many_small_batches_lose_nothing_in_float32():
     assert_close(result.hessian_KK, x.double().t() @ x.double() / 20000, 1e-6, "hessian")
 
 
-def test_merge_equals_one_process():
-    x = inputs(1000, 41)
-    a, b, c = (collected([part], 41) for part in x.split([1, 299, 700]))
-    whole = collected([x], 41)
-    for merged in (a.merge(b).merge(c), a.merge(b.merge(c)), c.merge(a).merge(b)):
-        assert merged.num_tokens == 1000
-        assert_close(merged.hessian_KK, whole.hessian_KK, 1e-6, "hessian")
-        assert torch.equal(merged.maxima_K, whole.maxima_K)
-
-
 def test_only_what_is_needed_is_collected():
     x = inputs(5, 41)
     assert collected([x], 41, {"maxima"}).hessian_KK is None
     assert collected([x], 41, {"hessian"}).maxima_K is None
     assert collected([x], 41, ()).num_tokens == 5
-    with pytest.raises(ValueError, match=r"cannot merge.*hessian_KK"):
-        collected([x], 41).merge(collected([x], 41, {"maxima"}))
 
 
 def test_every_need_is_a_field_of_the_result():
