@@ -170,6 +170,7 @@ class Capture:
                 made = self._sweep(windows[index], index, calls) if index < len(windows) else None
                 cache.add(cache.shard(index), made)
                 bar.update(cache.num_done - bar.n)
+        processes.wait()  # for the manifest
         seconds, new = time.monotonic() - start, (len(self.ids_nL) - done) * self.ids_nL.shape[1]
         found = {key: plan[key] for key in ("kind", "num_windows", "num_tokens", "num_shards", "bytes_per_token")}
         on_disk = sum(entry["bytes"] for entry in cache.files.values())
