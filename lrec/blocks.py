@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lrec import allocation, anatomy, blockwise, checkpoint, embeddings, end_loss, lowrank, processes, registry, sweep
 from lrec.assembly import Assembly
@@ -28,8 +27,9 @@ from lrec.formats import Packed
 from lrec.inputs import collect
 from lrec.nn import replace
 from lrec.options import setting
+from lrec.progress import Progress
 from lrec.quantizers import Quantizer, quantize_layer
-from lrec.rows import layer_row, packed_row
+from lrec.rows import energy, layer_row, packed_row
 from lrec.statistics import Statistics, matched
 from lrec.stream import BlockCall, StreamedModel, advance, trim
 
@@ -142,7 +142,7 @@ class Pass:
         full = [*states] if self.quantizer.refines or self.settings.match_upstream else None
         streamed.free(None)
         width = "-".join(map(str, dict.fromkeys([min(self.bits.values()), max(self.bits.values())])))
-        for index in tqdm(range(len(streamed)), desc=f"quantize, {width} bits", unit="block", disable=None):
+        for index in Progress(range(len(streamed)), f"quantize, {width} bits", "block"):
             start = time.monotonic()
             block = streamed.load(index)
             anatomy.check_finite(block, streamed.anatomy.name(index))
@@ -232,7 +232,8 @@ class Pass:
             return linears[linear].weight.numel() * linears[linear].in_features  # of feeding errors back
 
         rows, factors = [], {}
-        for linear, (packed, row, pair) in processes.each(list(seen), quantize, cost):
+        layers = processes.each(list(seen), quantize, cost)
+        for linear, (packed, row, pair) in Progress(layers, name, "layer", inner=True, total=len(seen)):
             del linears[linear], seen[linear]
             rows.append(row | told)
             if pair is not None:
@@ -254,6 +255,8 @@ class Pass:
             return packed.to(place), row, None
         rank = min(self.settings.init_rank, *packed.shape)
         pair = lowrank.factor(target_NK - packed.unpack(), rank, hessian_KK)
+        left_NK = lowrank.left_over(w_NK - packed.unpack(), pair)
+        row["corrected_error"] = energy(left_NK, hessian_KK) / energy(w_NK, hessian_KK)
         return packed.to(place), row, tuple(part.to(place) for part in pair)
 
     def _pack(self, layer: str, w_NK: Tensor, seen: Statistics | None) -> Packed:

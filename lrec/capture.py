@@ -18,7 +18,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lrec import checkpoint, load, machine, processes, text, topk
 from lrec.cache import HEAD, KEY_BYTES, TargetCache, ids_hash, tokenizer_mark, window_key
@@ -27,6 +26,7 @@ from lrec.forward import StreamedForward
 from lrec.head import Head, verify_head
 from lrec.losses import CHUNK_LOGITS
 from lrec.options import setting
+from lrec.progress import Progress
 from lrec.stream import BlockCall, advance, instead, trim
 
 
@@ -164,7 +164,7 @@ class Capture:
             self.head = cache.head().to(self.streamed.device)
         windows = self.ids_nL.split(self.windows_per_shard)
         done = sum(map(len, windows[: cache.num_done]))
-        with tqdm(total=len(windows), initial=cache.num_done, desc="capture", unit="shard", disable=None) as bar:
+        with Progress(total=len(windows), initial=cache.num_done, desc="capture", unit="shard") as bar:
             for first in range(cache.num_done, len(windows), processes.count()):
                 index = first + processes.index()
                 made = self._sweep(windows[index], index, calls) if index < len(windows) else None
@@ -182,7 +182,8 @@ class Capture:
         streamed.load_embeddings()
         states = [streamed.embed(batch) for batch in ids_nL.split(self.settings.batch_size)]
         streamed.free_embeddings()
-        for (name, block), call in zip(streamed.visit(), calls, strict=True):
+        visits = zip(streamed.visit(), calls, strict=True)
+        for (name, block), call in Progress(visits, "teacher", "block", inner=True, total=len(calls)):
             advance(block, name, states, call)
         # Draws depend on the shard alone, so that a capture that goes on makes the same ones.
         generator = torch.Generator().manual_seed(index)

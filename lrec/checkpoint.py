@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); the file is damaged, fetch or make it again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object: fetch or make it again")
     return value
 
 
@@ -81,12 +81,15 @@ def weight_files(directory: Path) -> list[Path]:
     if index.exists():
         names = sorted(set(read_json(index).get("weight_map", {}).values()))
         if any(Path(name).name != name for name in names):
-            raise ValueError(f"{index} names files outside its directory; it is damaged or hostile")
+            raise ValueError(f"{index} names files outside its directory; it is damaged or hostile, do not use it")
     else:
         names = [p.name for p in sorted(directory.glob("model*.safetensors"))]
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
-        raise ValueError(f"{directory} lacks {', '.join(missing)}, which its index names; the copy is incomplete")
+        raise ValueError(
+            f"{directory} lacks {', '.join(missing)}, which its index names; the copy is incomplete, "
+            "fetch or make it again"
+        )
     if not names:
         other = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
         hint = f" It has {', '.join(other[:3])}: convert to safetensors first (save_pretrained does)." if other else ""

@@ -28,6 +28,7 @@ from lrec import __version__, checkpoint, evaluate, load, machine, options, pict
 from lrec.blocks import PassSettings
 from lrec.evaluate import States
 from lrec.options import setting
+from lrec.progress import Progress
 from lrec.restore import Preprocess
 from lrec.runs import Place, Text, total_bytes
 
@@ -138,8 +139,9 @@ class Compare(Text, Place):
             bits = stored_bits(text.model_path(self.model))
             size = {"bits_per_weight": bits, "total_bytes": total_bytes(self.model, None)}
             add(FULL, {}, size | evaluate.quality(teacher, ids, teacher))
-        for number, entry in enumerate(todo, start=1):
-            print(f"{number} of {len(todo)}: {entry.label}", file=sys.stderr, flush=True)
+        told = Progress(todo, "compare", "method")
+        for entry in told:
+            told.set_postfix_str(entry.label)
             packed = path.parent / "packed" / entry.folder
             try:
                 found = self.result(entry, packed, ids, teacher)

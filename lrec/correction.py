@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lrec import assembly, checkpoint, load, memory, offload, processes, stream, text, trained
+from lrec import assembly, checkpoint, load, logbook, memory, offload, processes, stream, text, trained
 from lrec.cache import TargetCache
 from lrec.capture import Capture, CaptureSettings
 from lrec.learning import Learning
+from lrec.memory_curve import MemoryCurve
 from lrec.meter import Meter
 from lrec.options import setting
 from lrec.runs import Place, Text
@@ -57,6 +58,7 @@ class Train(Learning, Text, Place):
         if self.lean_malloc:
             stream.lean_malloc()
         meter = Meter(load.device_of(self.device))
+        curve = MemoryCurve(meter.device)
         base = self.base(config)
         if cache is None:
             teacher = LiveTeacher(load.model(self.teacher, None, self.device, self.dtype))
@@ -75,11 +77,13 @@ class Train(Learning, Text, Place):
         self.settle(model)
         trainer.save_model(self.output_dir)
         report = self.report(model, result, history(trainer)) | evaluations(trainer)
+        curve.end()  # what follows is no part of the training
         report |= memory.told(self, model, teacher, config, meter)
         if trainer.is_world_process_zero():
             if "adapters" in trained.kinds_of(self.train):
                 halve(Path(self.output_dir) / "adapter_model.safetensors")
             checkpoint.write_json(Path(self.output_dir) / checkpoint.ADAPTER_STAMP, report)
+            logbook.write(self.output_dir, "train", [self, config], curve)
             shutil.rmtree(Path(self.output_dir) / WORKING_CACHE, ignore_errors=True)
         processes.wait()
         return report

@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lrec import anatomy, processes
 from lrec.forward import reach_head
 from lrec.head import Head
+from lrec.progress import Progress
 from lrec.stream import BlockCall, StreamedModel, advance
 
 SWEEP_TOKENS = 4096
@@ -39,15 +39,18 @@ def token_weights(
     size, found = max(1, SWEEP_TOKENS // L), []
     sweeps = list(zip(input_ids_nL[own].split(size), uniform_nl.split(size), strict=True))
     calls, head = streamed.block_calls(input_ids_nL[:1]), Head.of(streamed.model)
-    for ids_wL, uniform_wl in tqdm(sweeps, desc="end-loss gradients", unit="sweep", disable=None):
+    for ids_wL, uniform_wl in Progress(sweeps, "end-loss gradients", "sweep"):
         states = [streamed.embed(ids) for ids in ids_wL.split(1)]
         before = []
-        for index, call in enumerate(calls):
+        for index, call in enumerate(Progress(calls, "forward", "block", inner=True)):
             before.append([*states])
             advance(streamed.load(index), streamed.anatomy.name(index), states, call)
             streamed.free(index)
         grads = [_at_last_block(streamed, head, *each) for each in zip(states, uniform_wl, strict=True)]
-        swept = [_back(streamed, index, before.pop(), grads, calls[index]) for index in reversed(range(len(calls)))]
+        swept = [
+            _back(streamed, index, before.pop(), grads, calls[index])
+            for index in Progress(range(len(calls))[::-1], "backward", "block", inner=True)
+        ]
         found.append(swept[::-1])
     named = processes.everyones([[set(block) for block in swept] for swept in found])
     common = [set.intersection(*(swept[i] for theirs in named for swept in theirs)) for i in range(len(calls))]

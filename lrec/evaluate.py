@@ -7,12 +7,12 @@ from itertools import repeat
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lrec import anatomy
 from lrec.head import Head
 from lrec.losses import IGNORE, shift_labels, token_metrics
 from lrec.nn import PackedLinear
+from lrec.progress import Progress
 from lrec.teacher import final_hidden
 
 
@@ -36,7 +36,7 @@ def states(model: nn.Module, input_ids: Tensor, batch_size: int = 4, desc: str =
 
     def run():
         device = next(model.parameters()).device
-        for batch in tqdm(input_ids.split(batch_size), desc=desc, unit="batch", disable=None, leave=False):
+        for batch in Progress(input_ids.split(batch_size), desc, "batch", leave=False):
             with torch.no_grad():
                 hidden = final_hidden(model, batch.to(device))
             # Outside of no_grad, which would otherwise stay on in the caller between two batches.
@@ -79,7 +79,7 @@ def rows_quality(
     """
     sums, num_tokens = torch.zeros(3, dtype=torch.float64), 0
     device = next(model.parameters()).device
-    for row, row_labels in zip(ids, labels, strict=True):
+    for row, row_labels in Progress(list(zip(ids, labels, strict=True)), "evaluate", "row", leave=False):
         row_BL, next_T = torch.tensor([row], device=device), shift_labels(torch.tensor([row_labels], device=device))
         target = None if teacher is None else final_hidden(teacher, row_BL)[0]
         head = None if teacher is None else Head.of(teacher)
@@ -87,7 +87,10 @@ def rows_quality(
         sums += torch.stack([torch.zeros(()) if m is None else m.double().sum().cpu() for m in metrics])
         num_tokens += int((next_T != IGNORE).sum())
     if not num_tokens:
-        raise ValueError("no token of the rows is to be predicted: they are empty, or cut off before any completion")
+        raise ValueError(
+            "no token of the rows is to be predicted: they are empty, or cut off before any completion; raise "
+            "max_length or look at the rows"
+        )
     loss, kl, agreement = (sums / num_tokens).tolist()
     found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "num_tokens": num_tokens}
     return found if teacher is None else found | {"kl": kl, "top1_agreement": agreement}

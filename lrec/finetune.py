@@ -14,9 +14,10 @@ from typing import Literal
 
 from torch import nn
 
-from lrec import assembly, checkpoint, conversations, evaluate, load, memory, processes, stream, text
+from lrec import assembly, checkpoint, conversations, evaluate, load, logbook, memory, processes, stream, text
 from lrec.correction import Train, evaluations, halve, history
 from lrec.losses import IGNORE
+from lrec.memory_curve import MemoryCurve
 from lrec.meter import Meter
 from lrec.options import setting
 from lrec.teacher import LiveTeacher, check_tokenizers
@@ -74,6 +75,7 @@ class Finetune(Train):
         if self.lean_malloc:
             stream.lean_malloc()
         meter = Meter(load.device_of(self.device))
+        curve = MemoryCurve(meter.device)
         model = self.trainable(self.base(config), config.gradient_checkpointing)
         trainer = LrecTrainer(
             model=model,
@@ -94,11 +96,13 @@ class Finetune(Train):
         if held:
             after = evaluate.rows_quality(model.eval(), *held)["loss"]
             report |= {"held_out_loss_before": before, "held_out_loss": after}
+        curve.end()  # what follows is no part of the training
         longest = self.max_length if config.packing else min(self.max_length, max(map(len, ids)))
         told = memory.told(replace(self, max_length=longest), model, trainer.teacher, config, meter)
         report |= self.built_on(model) | told
         if trainer.is_world_process_zero():
             self.finish(report)
+            logbook.write(self.output_dir, "train", [self, config], curve)
         processes.wait()
         return report
 

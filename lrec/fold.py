@@ -21,6 +21,7 @@ from lrec.formats.uniform import Uniform
 from lrec.inputs import collect
 from lrec.lora_files import LoraFiles
 from lrec.nn import PackedLinear, replace
+from lrec.progress import Progress
 from lrec.quantizers import quantize_layer
 from lrec.quantizers.gptq import GPTQ
 from lrec.report import packed_config
@@ -82,7 +83,7 @@ def fold(streamed: StreamedModel, adapter: LoraFiles, ids: Tensor | None, output
         states = [streamed.embed(batch) for batch in ids.split(BATCH)]
         calls = streamed.block_calls(ids[:BATCH])
     streamed.free(None)
-    for index in range(len(streamed)):
+    for index in Progress(range(len(streamed)), "fold", "block"):
         start, name = time.monotonic(), streamed.anatomy.name(index)
         block = streamed.load(index)
         rows = fold_block(block, name, adapter, states, calls[index])

@@ -53,7 +53,9 @@ class Push:
         cannot be reached or refuses."""
         directory = Path(self.directory)
         if not text.HUB_MODEL.fullmatch(self.repo_id):
-            raise ValueError(f"--repo_id {self.repo_id!r} is not OWNER/NAME")
+            raise ValueError(
+                f"--repo_id {self.repo_id!r} is not OWNER/NAME: give your account and a name for the repository"
+            )
         parts = Model(directory) if not (directory / "adapter_config.json").exists() else Adapter(directory)
         files = parts.files()
         check_sizes(files)

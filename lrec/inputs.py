@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrec import anatomy
+from lrec.progress import Progress
 from lrec.statistics import Collector, Statistics
 
 
@@ -34,12 +35,12 @@ def collect(
     if beside is None and not any(weights or ()):
         # No input is kept until the block has run.
         with _watched(firsts, [collector.add for collector in collectors]):
-            for run in runs:
+            for run in Progress(runs, "statistics", "batch", inner=True):
                 run()
         return [collector.pool().result() for collector in collectors]
     seen: list[list[Tensor]] = [[] for _ in groups]
     with _watched(firsts, [parts.append for parts in seen]):
-        for i, run in enumerate(runs):
+        for i, run in enumerate(Progress(runs, "statistics", "batch", inner=True)):
             clean = [None] * len(groups)
             if beside is not None:
                 beside[i]()

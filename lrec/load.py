@@ -1,5 +1,6 @@
 """A model ready to run: base and adapter from a directory, a data script's name or the Hub, checked to fit together."""
 
+import logging
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def quiet() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at import what its own formats lack here
     warnings.filterwarnings("ignore", module="transformers|peft|trl|accelerate")
 
 
@@ -40,7 +42,7 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = getattr(torch, name, None)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype {name!r} is not one of auto, float32, bfloat16, float16")
+        raise ValueError(f"dtype {name!r} is not offered; allowed: auto, float32, bfloat16, float16")
     return dtype
 
 
@@ -102,7 +104,9 @@ def adapter_path(adapter: str) -> Path:
     """The folder of what `lrec train` saved. Raises ValueError if it is none."""
     path = Path(adapter)
     if not (path / "adapter_config.json").is_file() and not (path / checkpoint.BASE_TENSORS).is_file():
-        raise ValueError(f"{path} is not a peft adapter: it has no adapter_config.json")
+        raise ValueError(
+            f"{path} is not a peft adapter: it has no adapter_config.json; name the output_dir of `lrec train`"
+        )
     return path
 
 

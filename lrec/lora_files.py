@@ -93,4 +93,7 @@ class LoraFiles:
             self.below.check_used(model_dir)
         unused = sorted({*self.tensors, *(f"fields of {layer}" for layer in self.fields)} - self.used)
         if unused:
-            raise ValueError(f"{self.directory} adapts layers that {model_dir} does not have: {', '.join(unused[:4])}")
+            raise ValueError(
+                f"{self.directory} adapts layers that {model_dir} does not have: {', '.join(unused[:4])}; use "
+                "the base it was trained on"
+            )

@@ -56,6 +56,12 @@ def factor(
     return a_RK.float(), (u_NR * root_R).float()
 
 
+def left_over(residual_NK: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
+    """D - B A of a residual D and factors (A, B), in the place of D."""
+    a_RK, b_NR = pair
+    return residual_NK.addmm_(b_NR, a_RK, alpha=-1)
+
+
 def _column_span(d_NK: Tensor) -> tuple[Tensor, Tensor]:
     """C and P, float64 (K, K), such that D P has orthonormal (or zero) columns and D P C = D.
 
@@ -146,5 +152,8 @@ def load(path: str | Path) -> Factors:
         ) from error
     names = sorted({key.rpartition(".")[0] for key in tensors})
     if tensors.keys() != {f"{name}.{half}" for name in names for half in ("lora_A", "lora_B")}:
-        raise ValueError(f"{path} holds no pairs of lora_A and lora_B; it is not a file of low-rank factors")
+        raise ValueError(
+            f"{path} holds no pairs of lora_A and lora_B; it is no file of low-rank factors; quantize again "
+            "with --init_rank"
+        )
     return {name: (tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in names}

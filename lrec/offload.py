@@ -112,7 +112,7 @@ class Offload:
 
     def _file(self, key: str) -> Path:
         if key not in self.files:
-            raise ValueError(f"no file of the packed model has {key}; the copy is incomplete")
+            raise ValueError(f"no file of the packed model has {key}; the copy is incomplete, fetch or make it again")
         return self.files[key]
 
 

@@ -46,7 +46,7 @@ class OneByOne(torch.optim.Optimizer):
         backward has applied was not finite."""
         finite, self.all_finite = all(self.all_finite.values()), {}
         if not finite:
-            raise ValueError("a gradient was not finite, and fused_backward has applied it")
+            raise ValueError("a gradient was not finite, and fused_backward has applied it: lower learning_rate")
         stepped = [(g, parameter) for g in self.param_groups for parameter in g["params"] if parameter.grad is not None]
         if stepped and processes.count() > 1:
             # Rounded alike in all processes, whose own random numbers may have been used up at different rates.

@@ -37,7 +37,7 @@ def read_flags(argv: list[str]) -> dict[str, str | bool]:
             is_value = bool(words) and (not words[0].startswith("--"))
             value = words.pop(0) if is_value else True
         if name in found:
-            raise ValueError(f"--{name} is given twice")
+            raise ValueError(f"--{name} is given twice; give it once")
         found[name] = value
     return found
 
@@ -49,9 +49,11 @@ def read_yaml(path: str) -> dict:
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from error
+        raise ValueError(f"--config {path} cannot be read ({error.strerror}): name a YAML file of settings") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {path} is not valid YAML: {error}") from error
+        raise ValueError(
+            f"--config {path} is not valid YAML, which has a line NAME: VALUE for each setting: {error}"
+        ) from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must be a mapping of settings to values, but is a {type(values).__name__}")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
@@ -97,7 +99,7 @@ def _build(part, cls: type, values: dict[str, object]):
         and f.default_factory is dataclasses.MISSING
     ]
     if needed:
-        raise ValueError(f"missing {', '.join('--' + name for name in needed)}")
+        raise ValueError(f"missing {', '.join('--' + name for name in needed)}; --help tells what each setting is for")
     return cls(**given)
 
 

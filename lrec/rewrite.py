@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lrec import anatomy, checkpoint, formats
 from lrec.formats import Packed
+from lrec.progress import Progress
 from lrec.report import packed_config
 from lrec.stream import StreamedModel
 
@@ -100,7 +101,7 @@ def rewrite(streamed: StreamedModel, output_dir: Path, convert: Convert, dtype: 
     are as stored; with a `dtype` all floats are in that.
     """
     specs, shards = packed(streamed.directory), []
-    for part in [*range(len(streamed)), None]:
+    for part in Progress([*range(len(streamed)), None], "write", "block"):
         tensors = streamed.stored(part)
         for name, spec in specs.items():
             if f"{name}.qweight" in tensors:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lrec import checkpoint, conversations, effort, export, imports, load, machine, record, text
+from lrec import checkpoint, conversations, effort, export, imports, load, logbook, machine, processes, record, text
 from lrec.blocks import Pass, PassSettings
 from lrec.calibration import Calibration
 from lrec.capture import Capture, CaptureSettings
+from lrec.memory_curve import MemoryCurve
 from lrec.options import setting
 from lrec.quantizers import Quantizer
 from lrec.stream import StreamedModel, trim
@@ -69,8 +70,11 @@ class Quantize(Text, Place):
             effort.check_fits(self.effort, self.model, tokens, quantizer.bits, self.device, Path(self.output_dir))
         calibration = self.calibration()
         trim()  # text and tokenizer go before the model comes
+        curve = MemoryCurve(device)
         streamed = StreamedModel(text.model_path(self.model), dtype, device)
         report = Pass(streamed, quantizer, calibration, Path(self.output_dir), settings, about).run()
+        if processes.is_main():
+            logbook.write(self.output_dir, "quantize", [self, quantizer, settings or PassSettings()], curve)
         return report | {"peak_bytes": machine.peak_bytes(device)}
 
     def calibration(self) -> Calibration | None:
@@ -129,7 +133,9 @@ class Evaluate(Text, Place):
 
         place = Path(self.adapter or self.model)
         if self.record and not place.is_dir():
-            raise ValueError(f"--record keeps the result beside the weights, but {place} is not a folder here")
+            raise ValueError(
+                f"--record keeps the result beside the weights, but {place} is not a folder here: leave --record out"
+            )
 
         kernels.round_activations(self.activation_bits)
         tokenizer = load.tokenizer(self.model)

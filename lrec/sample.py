@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lrec import checkpoint, load
 from lrec.options import setting
+from lrec.progress import Progress
 from lrec.runs import Place
 
 MARK = "<<the user speaks here>>"
@@ -57,7 +57,7 @@ class Sample(Place):
         """The documents one by one. One that comes out empty is drawn again; raises ValueError if most do."""
         make = self.conversations if chat else self.texts
         found = drawn = 0
-        with tqdm(total=self.num_samples, desc="sample", unit="document", disable=None) as told:
+        with Progress(total=self.num_samples, desc="sample", unit="document") as told:
             while found < self.num_samples:
                 if drawn > 2 * self.num_samples + self.batch_size:
                     raise ValueError(f"{self.model} said nothing in {drawn - found} of {drawn} draws; check the model")

@@ -15,10 +15,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lrec import anatomy, processes
 from lrec.assembly import Assembly
+from lrec.progress import Progress
 from lrec.quantizers import Quantizer, quantize_layer
 from lrec.statistics import Statistics
 from lrec.stream import BlockCall, StreamedModel, advance
@@ -39,7 +39,7 @@ def table(
     """
     done = len(assembly.sweep)
     states, calls = embed() if done < len(streamed) else ([], [])
-    for index in tqdm(range(len(calls)), desc="measure widths", unit="block", disable=None):
+    for index in Progress(range(len(calls)), "measure widths", "block"):
         start, name = time.monotonic(), streamed.anatomy.name(index)
         block = streamed.load(index)
         if index >= done:
@@ -50,7 +50,8 @@ def table(
                 for group, statistics in zip(*see(block, name, states, calls[index]), strict=True)
                 for linear in group
             ]
-            rows = [row for _, row in processes.each(jobs, probe.measure, probe.cost)]
+            measured = processes.each(jobs, probe.measure, probe.cost)
+            rows = [row for _, row in Progress(measured, name, "layer", inner=True, total=len(jobs))]
             assembly.keep_sweep(rows, time.monotonic() - start)
         advance(block, name, states, calls[index])
         streamed.free(index)

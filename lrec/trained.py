@@ -147,7 +147,8 @@ def read(directory: Path, stamp: dict | None = None) -> dict[str, dict[str, Tens
     if not path.exists():
         if expected:
             raise ValueError(
-                f"{directory} lacks {checkpoint.BASE_TENSORS}, which its stamp names; the copy is incomplete"
+                f"{directory} lacks {checkpoint.BASE_TENSORS}, which its stamp names; the copy is incomplete, "
+                "fetch or train it again"
             )
         return {}
     with checkpoint.open_tensors(path) as file:

@@ -29,6 +29,7 @@ from lrec.losses import DIVERGENCES, IGNORE, Objective, divergence, shift_labels
 from lrec.optimizers import OneByOne
 from lrec.step import SplitBlocks, StepConfig
 from lrec.teacher import LiveTeacher, Teacher, final_hidden
+from lrec.training_progress import TrainingProgress
 from lrec.watch import DivergedError, Watch, first_not_finite, kept_best
 
 
@@ -137,6 +138,7 @@ class LrecTrainer(SFTTrainer):
         super().__init__(model, args, **kwargs)
         args.check_machine(self.accelerator.device, self.accelerator.num_processes)
         self.add_callback(Watch())
+        TrainingProgress.take_over(self)
         self.add_callback(SplitBlocks())
         if args.patience and args.load_best_model_at_end:
             self.add_callback(EarlyStoppingCallback(args.patience))

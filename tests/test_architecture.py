@@ -9,14 +9,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lrec"
 # A module may import from its own floor and from those below it (earlier in this list).
 FLOORS = [
-    "registry options machine picture processes",
+    "registry options machine picture processes curves memory_curve progress",
     "formats",
     "grid kernels statistics",
     "quantizers nn",
     "lora",
     "anatomy cache checkpoint cpu_embeddings embeddings head losses lowrank optimizers teacher text topk ggml",
-    "trained record card",
-    "watch",
+    "trained record card logbook",
+    "watch training_progress",
     "integrations conversations pooling",
     "stream load assembly calibration allocation sweep blockwise inputs meter forward step ends shapes rehearsal "
     "offload lora_files end_loss rows",
@@ -24,8 +24,9 @@ FLOORS = [
     "effort learning",
     "runs correction hub",
     "finetune",
-    "recipe compare restore sample",
-    "task_recipe",
+    "recipe compare restore sample side_by_side doctor",
+    "run_report",
+    "task_recipe verbs completion",
     "cli",
     "__main__",
 ]

@@ -19,6 +19,7 @@ from lrec import formats, rewrite
 from lrec.export import Export
 from lrec.ggml import blocks, model, tokenizer
 from lrec.options import setting
+from lrec.progress import Progress
 from lrec.report import packed_config
 from lrec.stream import StreamedModel
 
@@ -52,7 +53,12 @@ class Gguf(Export):
         # The Prism fork's type 42 has blocks of 128.
         writer.add_uint32("lrec.q2_0.block_size", blocks.BLOCKS["q2_0"].size)
         parts = [*range(len(streamed)), None]
-        write_tensors(writer, lambda: (held for part in parts for held in self._tensors(streamed, part, names, types)))
+
+        def tensors() -> Iterator[tuple]:
+            for part in Progress(parts, "write", "block"):
+                yield from self._tensors(streamed, part, names, types)
+
+        write_tensors(writer, tensors)
         return {"containers": dict(counts)}
 
     def logits(self, output_dir: Path, model_dir: Path, ids: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lrec import anatomy, checkpoint, registry, text
 from lrec.assembly import Assembly
 from lrec.formats import Packed
+from lrec.progress import Progress
 from lrec.rows import packed_row
 
 
@@ -78,7 +79,7 @@ def take_over(model_dir: Path, output_dir: Path) -> dict:
     blocks = anatomy.find_blocks(model)
     assembly = Assembly(output_dir, source.identity(model_dir), len(blocks.modules))
     read = source.parts(model_dir, model, blocks)
-    for index in range(assembly.num_done, len(blocks.modules)):
+    for index in Progress(range(assembly.num_done, len(blocks.modules)), "import", "block"):
         start, rows, tensors = time.monotonic(), [], read(index)
         for linear, module in anatomy.linears(blocks.modules[index]).items():
             name = f"{blocks.name(index)}.{linear}"

@@ -62,7 +62,7 @@ def test_an_instance_gives_the_defaults():
         (["--bits", "3"], "missing --model"),
         (["stray"], "unexpected argument 'stray'"),
         (["--model", "m", "--model", "n"], "--model is given twice"),
-        (["--config", "/nowhere.yaml"], "cannot be read: No such file"),
+        (["--config", "/nowhere.yaml"], "cannot be read .No such file"),
     ],
 )
 def test_what_is_wrong_is_said(words, message):
