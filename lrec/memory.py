@@ -194,7 +194,7 @@ def adapted_skeleton(config, setup: Setup) -> nn.Module:
 def weights(model: nn.Module, setup: Setup) -> dict[str, int]:
     """Bytes of the frozen weights: packed (streamed ones: the two largest blocks'), embeddings, head, all else."""
     packed = [
-        sum(m.packed.nbytes for m in block.modules() if isinstance(m, PackedLinear))
+        sum(_frozen(m) for m in block.modules() if isinstance(m, PackedLinear))
         for block in anatomy.find_blocks(model).modules
     ]
     embedding, head = model.get_input_embeddings(), output_layer(model)
@@ -278,6 +278,10 @@ def told(run, model: nn.Module, teacher, config, meter) -> dict:
 def rows(parts: dict[str, int]) -> list[dict]:
     """Parts as rows of a report."""
     return [{"part": name, "bytes": n} for name, n in parts.items()]
+
+
+def _frozen(layer: PackedLinear) -> int:
+    return layer.packed.nbytes - sum(_bytes(layer._parameters[field]) for field in layer.trained)
 
 
 def _held(module: nn.Module) -> int:

@@ -1,4 +1,5 @@
-"""Training what a packed weight holds in floats: scales, zero points, tables. Codes stay frozen and packed.
+"""Training what a packed weight holds: scales, zero points, tables, and codes, behind which floats then stand
+(`lrec.formats.latent`).
 
 `start` makes float32 parameters of them, `settle` rounds them to what the format stores and freezes them again. What
 was trained is saved as `base_tensors.safetensors` beside the adapter, or in its place: tensors by their full names in
@@ -14,16 +15,17 @@ from lrec import checkpoint, registry
 from lrec.formats import Packed, tensor_fields
 from lrec.nn import PackedModule, packed_modules
 
-KINDS = ("adapters", "scales", "zeros")
+KINDS = ("adapters", "scales", "zeros", "codes")
+ALL = KINDS[:3]  # what `all` stands for: codes take 16 bytes a weight while they are trained, so they are named
 
 
 def kinds_of(train: str) -> tuple[str, ...]:
-    """What `--train` names: some of `KINDS`, parted by commas, or all. Raises ValueError for any other word."""
+    """What `--train` names: some of `KINDS`, parted by commas, or all (`ALL`). Raises ValueError for another word."""
     words = [word.strip() for word in train.split(",")]
     for word in words:
         if word not in (*KINDS, "all"):
             raise ValueError(registry.nearest(word, (*KINDS, "all"), "part to train"))
-    return tuple(kind for kind in KINDS if kind in words or "all" in words)
+    return tuple(kind for kind in KINDS if kind in words or ("all" in words and kind in ALL))
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -37,10 +39,10 @@ def layers_of(model: nn.Module) -> dict[str, PackedModule]:
 
 
 def start(model: nn.Module, kinds: tuple[str, ...]) -> None:
-    """Makes parameters of the scales or zeros of every packed linear layer that has some; the head stays frozen.
+    """Makes parameters of the scales, zeros or codes of every packed linear layer that has some; the head stays frozen.
 
-    Raises ValueError if a kind that is named is in no layer (of all `KINDS`, if none is), or if the packed weights are
-    streamed from files.
+    Raises ValueError if a kind that is named is in no layer (of `ALL`, if neither scales nor zeros are), or if the
+    packed weights are streamed from files.
     """
     wanted, head = [kind for kind in kinds if kind != "adapters"], output_of(model)
     layers = {n: layer for n, layer in layers_of(model).items() if isinstance(layer, nn.Linear) and layer is not head}
@@ -48,10 +50,12 @@ def start(model: nn.Module, kinds: tuple[str, ...]) -> None:
         return
     if any(layer.visit is not None for layer in layers.values()):
         raise ValueError(
-            "--stream_weights reads scales and zeros anew from their files at each visit, so they cannot be trained; "
+            "--stream_weights reads packed weights anew from their files at each visit, so they cannot be trained; "
             "leave it out, or train adapters alone"
         )
-    for asked in [wanted] if set(kinds) == set(KINDS) else [[kind] for kind in wanted]:
+    floats = [kind for kind in wanted if kind in ALL]
+    alone = [kind for kind in wanted if kind not in floats] if set(kinds) >= set(ALL) else wanted
+    for asked in [*([floats] if alone != wanted else []), *([kind] for kind in alone)]:
         if not any(layer.packed.trainable(asked) for layer in layers.values()):
             offers = "; ".join(sorted(set(map(offer, layers.values()))))
             raise ValueError(f"no layer has {' or '.join(asked)} to train: {offers}")
@@ -89,18 +93,21 @@ def allow(model: nn.Module, names: set[str]) -> None:
             module.hf_quantizer.is_qat_trainable = True
 
 
-def parameter_groups(model: nn.Module, rate: float) -> list[dict]:
+def parameter_groups(model: nn.Module, rate: float, codes_rate: float) -> list[dict]:
     """Groups of an optimizer, one for each field of a layer, without decay; `rate` is relative to the field's size.
 
     Scales of one layer may be a hundred times those of another, and zeros are counted in codes: a step of Adam moves an
-    entry by the learning rate, so that is `rate` times the root mean square of the field.
+    entry by the learning rate, so that is `rate` times the root mean square of the field. Latents are all of one size,
+    and what a step should be is a share of the way to the next code: `codes_rate`.
     """
-    return [
-        {"params": [parameter], "lr": rate * max(float(parameter.detach().square().mean().sqrt()), 1e-8),
-         "weight_decay": 0.0}
-        for layer in layers_of(model).values()
-        for parameter in (layer._parameters[field] for field in layer.trained)
-    ]  # fmt: skip
+    groups = []
+    for layer in layers_of(model).values():
+        for field in layer.trained:
+            parameter = layer._parameters[field]
+            size = max(float(parameter.detach().square().mean().sqrt()), 1e-8)
+            step = codes_rate if field == "qweight" else rate * size
+            groups.append({"params": [parameter], "lr": step, "weight_decay": 0.0})
+    return groups
 
 
 def settle(model: nn.Module, scale_bits: int | None = None) -> None:
@@ -109,7 +116,7 @@ def settle(model: nn.Module, scale_bits: int | None = None) -> None:
         if layer.trained:
             odd = [field for field in layer.trained if not layer._parameters[field].isfinite().all()]
             if odd:
-                raise ValueError(f"{name}: trained {', '.join(odd)} are not finite; lower --scales_learning_rate")
+                raise ValueError(f"{name}: trained {', '.join(odd)} are not finite; lower their learning rate")
             before = layer.packed.tensors()
             layer.become(layer.packed.narrowed(layer.trained, layer.stored_spec, scale_bits))
             note_changes(layer, before)
@@ -197,7 +204,7 @@ def load(model: nn.Module, directory: Path, stamp: dict | None = None) -> None:
 
 def updated(name: str, packed: Packed, fields: dict[str, Tensor]) -> Packed:
     """A layer's weight with trained tensors. Raises ValueError, naming the layer, if they do not fit it."""
-    wide = packed.widened(packed.trainable(KINDS)).tensors()
+    wide = packed.widened(packed.trainable(ALL)).tensors()
     odd = [
         f"{field} {list(tensor.shape)}"
         for field, tensor in fields.items()

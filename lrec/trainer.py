@@ -64,6 +64,9 @@ class LrecConfig(StepConfig):
         default=2e-3,
         metadata={"help": "That of trained scales and zeros, as a share of their size (root mean square) per step."},
     )
+    codes_learning_rate: float = field(
+        default=2e-2, metadata={"help": "That of trained codes: how far towards its next code one moves in a step."}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up, in steps, or below 1 as a share of them."})
     patience: int | None = field(
@@ -194,7 +197,7 @@ class LrecTrainer(SFTTrainer):
         """The optimizer that `optim` names; trained scales and zeros have rates of their own. It steps one parameter at
         a time, see `lrec.optimizers`, if gradients are applied in backward or adapters are in bfloat16."""
         optimizer = super().create_optimizer(model)
-        own = trained.parameter_groups(self.model, self.args.scales_learning_rate)
+        own = trained.parameter_groups(self.model, self.args.scales_learning_rate, self.args.codes_learning_rate)
         taken = {id(p) for group in own for p in group["params"]}
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in taken]

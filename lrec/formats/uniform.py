@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lrec import registry
 from lrec.formats import Packed, pack_codes, row_slices, unpack_codes
 
 WIDTHS = (2, 3, 4, 8)
@@ -41,7 +42,7 @@ class Uniform(Packed):
     scale_exponent: int8 (ceil(N/32),), where scale is uint8.
     """
 
-    TRAINED: ClassVar[dict[str, tuple[str, ...]]] = {"scales": ("scale",), "zeros": ("zero",)}
+    TRAINED: ClassVar[dict[str, tuple[str, ...]]] = {"scales": ("scale",), "zeros": ("zero",), "codes": ("qweight",)}
 
     bits: int
     group_size: int
@@ -144,18 +145,20 @@ class Uniform(Packed):
         return replace(self, **({"scale_exponent": None} if floats else {}) | tensors)
 
     def trainable(self, kinds: Sequence[str]) -> tuple[str, ...]:
-        """See `Packed.trainable`: any scales and zeros but those that a symmetric grid does not store."""
+        """See `Packed.trainable`: codes, and any scales and zeros but those that a symmetric grid does not store."""
         return tuple(name for kind in kinds for name in self.TRAINED.get(kind, ()) if getattr(self, name) is not None)
 
     def widened(self, fields: Sequence[str]) -> "Uniform":
-        """See `Packed.widened`; where scales have 8 bits, they and a zero of 8 bits become floats together."""
-        wide = {name: getattr(self, f"{name}s")() for name in fields}
+        """See `Packed.widened`; where scales have 8 bits, they and a zero of 8 bits become floats together. With codes
+        among the fields the weight becomes a `Latent`."""
+        wide = {name: getattr(self, f"{name}s")() for name in fields if name != "qweight"}
         if self.scale.dtype == torch.uint8:
             wide = {"scale": self.scales()} | wide
         if self.zero is not None and self.zero.dtype == torch.uint8:
             wide = {"zero": self.zeros()} | wide
         # Kernels read rows; packed zeros are decoded by columns.
-        return self.updated({name: tensor.contiguous() for name, tensor in wide.items()})
+        held = self.updated({name: tensor.contiguous() for name, tensor in wide.items()})
+        return registry.find("formats", "latent").of(held) if "qweight" in fields else held
 
     def narrowed(self, fields: Sequence[str], spec: dict, scale_bits: int | None) -> "Uniform":
         """See `Packed.narrowed`: 8 bits if that is what the scales had or is asked for, else float16. Zeros that were
@@ -174,21 +177,26 @@ class Uniform(Packed):
 
     def kept_input(self, x_TK: Tensor, fields: Sequence[str]) -> Tensor:
         """See `Packed.kept_input`: zeros alone need no more of x than its sum over each group, (T, G)."""
-        return x_TK if "scale" in fields else _sum_groups(x_TK, self.group_size)
+        return x_TK if {"scale", "qweight"} & set(fields) else _sum_groups(x_TK, self.group_size)
 
     def gradients(self, dy_TN: Tensor, kept: Tensor, fields: Sequence[str]) -> list[Tensor]:
-        """See `Packed.gradients`. With D = dy^T x: dzero = -scale * sum D over the group, which is dy^T times the
-        group's sum of x; dscale = sum D * (q - zero)."""
-        if "scale" not in fields:
+        """See `Packed.gradients`. Zeros alone need no dW: theirs is -scale * dy^T times the group's sum of x."""
+        if not {"scale", "qweight"} & set(fields):
             return [(dy_TN.t() @ kept).float().mul_(self.scales()).neg_()]
-        found = {"scale": torch.empty_like(self.scales()), "zero": torch.empty_like(self.scales())}
+        found = {name: torch.empty_like(getattr(self, name), dtype=torch.float32) for name in fields}
         for rows in row_slices(*self.shape):
-            dw_nK = (dy_TN[:, rows].t() @ kept).float()
-            total_nG, zero_nG = _sum_groups(dw_nK, self.group_size), self.zeros(rows)
-            torch.mul(total_nG, self.scales(rows), out=found["zero"][rows]).neg_()
-            weighted_nG = _sum_groups(dw_nK.mul_(self.codes(rows)), self.group_size)
-            torch.addcmul(weighted_nG, total_nG, zero_nG, value=-1, out=found["scale"][rows])
-        return [found[name] for name in fields]
+            parts = self.slice_gradients(rows, (dy_TN[:, rows].t() @ kept).float())
+            for name, whole in found.items():
+                whole[rows] = parts[name]
+        return list(found.values())
+
+    def slice_gradients(self, rows: slice, dw_nK: Tensor) -> dict[str, Tensor]:
+        """The gradients of these rows of each field, from that of their weights, which is used up: dzero = -scale *
+        sum dW over the group; dscale = sum dW * (q - zero)."""
+        total_nG = _sum_groups(dw_nK, self.group_size)
+        weighted_nG = _sum_groups(dw_nK.mul_(self.codes(rows)), self.group_size)
+        scale = torch.addcmul(weighted_nG, total_nG, self.zeros(rows), value=-1)
+        return {"scale": scale, "zero": total_nG.mul_(self.scales(rows)).neg_()}
 
 
 def _sum_groups(values: Tensor, group_size: int) -> Tensor:

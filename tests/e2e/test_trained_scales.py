@@ -154,7 +154,7 @@ def test_packed_embeddings_and_head_stay_frozen_and_the_rest_is_known_to_ddp(pla
     words = ["--bits", "2", "--group_size", "32", "--dataset", str(place / "text.txt"), "--quantize_embeddings", "8"]
     assert main(["quantize", "--model", str(place / "M"), *words, *SHORT, "--output_dir", str(place / "E")]) == 0
     model = lrec.prepare_model_for_training(load.model(str(place / "E")))
-    trained.start(model, trained.KINDS)
+    trained.start(model, trained.ALL)
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len(learning) == 2 * 14 and all(name.startswith("model.layers.") for name in learning)
     ignored = set(model._ddp_params_and_buffers_to_ignore)

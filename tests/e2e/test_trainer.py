@@ -132,7 +132,7 @@ def test_scales_and_zeros_accumulate_too_and_have_rates_of_their_own(tmp_path):
     one = trainer(tmp_path, ragged(), **settings)
     two = trainer(tmp_path, ragged(), per_device_train_batch_size=2, gradient_accumulation_steps=2, **settings)
     for run in (one, two):
-        trained.start(run.model, trained.KINDS)
+        trained.start(run.model, trained.ALL)
     groups = one.create_optimizer().param_groups
     one.optimizer = None
     held = [p for group in groups for p in group["params"]]

@@ -1,5 +1,6 @@
 """Laws of every format: its docstring's equation, read bit by bit from the stored words, is what everything returns."""
 
+import dataclasses
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from lrec import formats, kernels, registry
 from lrec.formats.binary import Binary
 from lrec.formats.codebook import Codebook, dynamic_levels
 from lrec.formats.indexed import Indexed
+from lrec.formats.latent import Latent
 from lrec.formats.outlier import Outlier
 from lrec.formats.salient import Salient
 from lrec.formats.ternary import Ternary
@@ -88,6 +90,18 @@ def read_indexed(p):
         zero = rows_of(p.zero, p.bits, N).t()
     group = p.group.long()
     return p.scale.double()[:, group] * (rows_of(p.qweight, p.bits, K) - zero[:, group])
+
+
+def make_latent(N, K, kind):
+    held = Latent.of(make_uniform(N, K, kind))
+    u = torch.randn(N, K) * 2**held.bits  # beyond the outermost codes on both sides
+    return dataclasses.replace(held, qweight=torch.where(u % 1 == 0.5, u + 0.25, u))
+
+
+def read_latent(p):
+    q = (p.qweight.double() + 0.5).floor().clamp(0, 2**p.bits - 1)
+    held = dataclasses.replace(p, qweight=formats.pack_codes(q.long(), p.bits))
+    return read_uniform(held)
 
 
 def make_codebook(N, K, kind):
@@ -209,6 +223,7 @@ FORMATS = {
         read_uniform,
         [(2, 16, "int"), (3, 16, "none"), (4, 16, "float"), (8, 16, "int"), (3, 16, "int8"), (2, 16, "float8")],
     ),
+    "latent": (make_latent, read_latent, [(2, 16, "int"), (3, 16, "none"), (2, 16, "float"), (2, 16, "float8")]),
     "codebook": (
         make_codebook,
         read_codebook,

@@ -5,6 +5,7 @@ kernels are among them where its interpreter runs them (`TRITON_INTERPRET=1`), a
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lrec import formats, kernels, registry
 from lrec.formats.binary import Binary
 from lrec.formats.codebook import Codebook
 from lrec.formats.indexed import Indexed
+from lrec.formats.latent import Latent
 from lrec.formats.outlier import Outlier
 from lrec.formats.salient import Salient
 from lrec.formats.ternary import Ternary
@@ -37,6 +39,12 @@ def uniform(N, K, bits, group_size, zero, scale_bits=16):
         scales = round_scales(scales.float(), exponents(scales))
         zeros = round_zeros(zeros, bits) if zeros is not None and zeros.is_floating_point() else zeros
     return Uniform.pack(codes, scales, zeros, bits, group_size, scale_bits)
+
+
+def latent(*shape_and_grid):
+    """Random codes with floats behind them."""
+    held = Latent.of(uniform(*shape_and_grid))
+    return replace(held, qweight=held.qweight + torch.rand(held.shape) - 0.5)
 
 
 def codebook(N, K, bits, table_shape, group_size=0, block_size=0, twice=False, dtype=torch.float32):
@@ -107,6 +115,7 @@ EXAMPLES = {
         f"{bits}bit-scales8-zero-{zero}".replace("torch.", ""): (uniform, 41, 401, bits, 64, zero, 8)
         for bits, zero in ((2, torch.float16), (3, "codes"), (4, torch.float16), (8, None))
     },
+    "latent": {"2bit": (latent, 41, 401, 2, 64, torch.float32), "3bit-symmetric": (latent, 19, 203, 3, 64, None)},
     "codebook": {
         "2bit-weight-blocks": (codebook, 41, 401, 2, (), 0, 64),
         "3bit-rows": (codebook, 41, 401, 3, (41,)),

@@ -101,6 +101,55 @@ def test_the_ops_gradients_are_autograds_in_float64(fields, transpose, x_dtype):
         assert_close(getattr(layer, name).grad, held[name].grad, 4 * max(TOLERANCE[x_dtype], 1e-6), name)
 
 
+@pytest.mark.parametrize("zero", ["float", "int", "none"])
+def test_latents_get_the_gradient_of_codes_that_were_not_rounded(zero, monkeypatch):
+    monkeypatch.setattr(formats, "GRADIENT_WEIGHTS", 13 * K)
+    layer = PackedLinear(uniform(zero))
+    fields, before = layer.packed.trainable(("scales", "zeros", "codes")), layer.weight
+    layer.train_fields(fields)
+    assert torch.equal(layer.weight, before) and layer.qweight.dtype == torch.float32
+    with torch.no_grad():
+        layer.qweight += 1.6 * torch.rand(N, K) - 0.8
+    q, group = (layer.qweight.detach() + 0.5).floor().clamp(0, 3).double(), torch.arange(K) // GROUP
+    # The twin: all are leaves, and the weight is linear in the rounded codes.
+    leaves = {name: getattr(layer, name).detach().double().requires_grad_() for name in fields} | {
+        "qweight": q.requires_grad_()
+    }
+    zeros = leaves["zero"] if zero != "none" else torch.full((N, 4), 2.0, dtype=torch.float64)
+    w_NK = leaves["scale"][:, group] * (leaves["qweight"] - zeros[:, group])
+    x, upstream = torch.randn(5, K), torch.randn(5, N)
+    layer(x).backward(upstream)
+    (x.double() @ w_NK.t()).backward(upstream.double())
+    expected, u = leaves["qweight"].grad, layer.qweight.detach()
+    stopped = ((u < -0.5) & (expected > 0)) | ((u > 3.5) & (expected < 0))
+    assert 0 < stopped.float().mean() < 0.2 and ((u < -0.5) & ~stopped).any()
+    leaves["qweight"].grad = expected.masked_fill(stopped, 0)
+    for name in fields:
+        assert_close(getattr(layer, name).grad, leaves[name].grad, 2e-5, name)
+
+
+@pytest.mark.parametrize("zero", ["float", "int", "none"])
+@pytest.mark.parametrize("kinds", [("codes",), ("scales", "codes"), ("adapters", "scales", "zeros", "codes")])
+def test_codes_settle_into_the_base_s_own_format(zero, kinds):
+    model = torch.nn.Module()
+    model.layer = PackedLinear(uniform(zero))
+    before = model.layer.packed
+    trained.start(model, kinds)
+    with torch.no_grad():
+        model.layer.qweight += 2 * torch.rand(N, K) - 1
+    exact = model.layer.weight
+    trained.settle(model, 16)
+    after = model.layer.packed
+    assert isinstance(after, Uniform) and not list(model.layer.parameters())
+    assert_close(after.unpack(), exact, 2**-10)
+    assert 0.2 < (after.codes() != before.codes()).float().mean() < 0.8
+    assert "layer.qweight" in trained.tensors(model) and after.qweight.dtype == torch.int32
+    stored = {name.removeprefix("layer."): tensor for name, tensor in trained.tensors(model).items()}
+    assert torch.equal(trained.updated("layer", before, stored).unpack(), after.unpack())
+    with pytest.raises(ValueError, match=r"layer: trained qweight \[41, 3\] does not fit"):
+        trained.updated("layer", before, {"qweight": torch.zeros(N, 3, dtype=torch.int32)})
+
+
 def kept_bytes(run):
     """Bytes of distinct storages that autograd keeps during run()."""
     kept = {}
@@ -199,11 +248,15 @@ def test_what_cannot_be_trained_is_refused_by_the_name_of_its_format():
         with pytest.raises(ValueError, match=f"no layer has {kind} to train: the {told}"):
             trained.start(model, (kind,))
     model.layer = PackedLinear(MAKES["symmetric"]())
-    trained.start(model, trained.KINDS)
+    trained.start(model, trained.ALL)
     assert model.layer.trained == ("scale",), "asked for all, what there is"
+    model.layer = PackedLinear(MAKES["ternary"]())
+    with pytest.raises(ValueError, match="no layer has codes to train: the ternary format offers scales"):
+        trained.start(model, ("adapters", "scales", "zeros", "codes"))
+    assert trained.kinds_of("all,codes") == trained.KINDS
     with pytest.raises(ValueError, match="scales"):
         trained.kinds_of("adapters,scale")
-    assert trained.kinds_of("all") == trained.KINDS and trained.kinds_of("zeros, scales") == ("scales", "zeros")
+    assert trained.kinds_of("all") == trained.ALL and trained.kinds_of("zeros, scales") == ("scales", "zeros")
 
 
 def test_moving_a_layer_never_rounds_what_is_trained():
