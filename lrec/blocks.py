@@ -29,13 +29,14 @@ from lrec.nn import replace
 from lrec.options import setting
 from lrec.progress import Progress
 from lrec.quantizers import Quantizer, quantize_layer
+from lrec.reconstruct import Reconstruct, Stream
 from lrec.rows import energy, layer_row, packed_row
 from lrec.statistics import Statistics, matched
 from lrec.stream import BlockCall, StreamedModel, advance, trim
 
 
 @dataclass(frozen=True, kw_only=True)
-class PassSettings:
+class PassSettings(Reconstruct):
     """How the pass runs, whatever the quantizer."""
 
     init_rank: int = setting(32, "rank of the closed-form adapter factors stored with the model (0: none)")
@@ -58,6 +59,7 @@ class PassSettings:
     quantize_embeddings: int | None = setting(None, "bits of embeddings and output head: 8 or 4 (none: as they are)")
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.match_upstream <= 1:
             raise ValueError(f"match_upstream = {self.match_upstream}; allowed: 0 (not at all) to 1")
         if self.quantize_embeddings:
@@ -89,7 +91,7 @@ class Pass:
         self.settings = settings or PassSettings()
         asked = [
             name
-            for name in ("correct_stream", "match_upstream", "end_loss_hessian", "target_bpw")
+            for name in ("correct_stream", "match_upstream", "end_loss_hessian", "target_bpw", "reconstruct_epochs")
             if getattr(self.settings, name)
         ]
         if calibration is None and (quantizer.needs or asked):
@@ -97,11 +99,7 @@ class Pass:
             raise ValueError(
                 f"{registry.name_of(type(quantizer))} needs calibration ({wanted}); name a text with --dataset"
             )
-        if quantizer.refines and processes.count() > 1:
-            raise ValueError(
-                f"{registry.name_of(type(quantizer))} trains a block's factors on one window after the other, which "
-                f"{processes.count()} processes cannot divide; start one process, or set refine_epochs to 0"
-            )
+        self.second_stage = blockwise.wanted(quantizer, self.settings)
         self.own_windows = calibration.own(self.settings.batch_size) if calibration else None
         self.about = {
             "method": registry.name_of(type(quantizer)),
@@ -139,7 +137,7 @@ class Pass:
             self.token_weights = {streamed.anatomy.name(index): block for index, block in enumerate(found)}
         self._allocate()
         states, calls = self._embed()
-        full = [*states] if self.quantizer.refines or self.settings.match_upstream else None
+        full = [*states] if self.second_stage or self.settings.match_upstream else None
         streamed.free(None)
         width = "-".join(map(str, dict.fromkeys([min(self.bits.values()), max(self.bits.values())])))
         for index in Progress(range(len(streamed)), f"quantize, {width} bits", "block"):
@@ -218,10 +216,11 @@ class Pass:
             seen = {linear: statistics[i] for i, group in enumerate(groups) for linear in group}
             del statistics
         refined, told = {}, {}
-        if self.quantizer.refines:
+        if self.second_stage:
             packed = {n: self._pack(f"{name}.{n}", self._target(linears[n].weight, seen[n]), seen[n]) for n in seen}
-            view = blockwise.view(block, states, full, call)
-            refined, told = blockwise.refine(name, self.quantizer, packed, view)
+            weights = end_loss.of_output(self.token_weights.get(name, {}), self.settings.batch_size)
+            stream = Stream(states, full, weights, call)
+            refined, told = blockwise.train(block, name, packed, stream, self.quantizer, self.settings)
 
         def quantize(linear: str) -> tuple[Packed, dict, tuple[Tensor, Tensor] | None]:
             trim()

@@ -1,6 +1,6 @@
 """The second stage of quantizing a block: all its layers together, judged by what the whole block puts out.
 
-Only quantizers whose `refines` is true have one. For them the pass carries a second stream of hidden states, those of
+Quantizers whose `refines` is true have one of their own, and `lrec.reconstruct` is one for all. For them the pass carries a second stream of hidden states, those of
 the full-precision model, which is run block by block beside the quantized one (also for blocks that are done: a
 resumed run sees what a straight one sees). It costs one forward pass of the block, and as much memory as the first
 stream: samples * length * hidden size values, and as much again inside a stage that keeps targets of its own.
@@ -9,10 +9,37 @@ stream: samples * length * hidden size values, and as much again inside a stage 
 import torch
 from torch import Tensor, nn
 
-from lrec import anatomy
+from lrec import anatomy, processes
 from lrec.formats import Packed
 from lrec.quantizers import BlockView, Quantizer
+from lrec.reconstruct import Reconstruct, Stream
 from lrec.stream import BlockCall
+
+
+def wanted(quantizer: Quantizer, settings: Reconstruct) -> bool:
+    """Whether there is a second stage. Raises ValueError for one under several processes."""
+    stages = {"refine_epochs": quantizer.refines, "reconstruct_epochs": settings.reconstruct_epochs > 0}
+    asked = [name for name, there in stages.items() if there]
+    if asked and processes.count() > 1:
+        raise ValueError(
+            f"{' and '.join(asked)} above 0 train a block on one window after the other, which {processes.count()} "
+            "processes cannot divide; start one process, or set them to 0"
+        )
+    return bool(asked)
+
+
+def train(
+    block: nn.Module, name: str, packed: dict[str, Packed], stream: Stream, quantizer: Quantizer, settings: Reconstruct
+) -> tuple[dict[str, Packed], dict]:
+    """The block's layers, by name in the block, after the second stages that are wanted: the quantizer's own, then
+    reconstruction; and what the report is to say of each layer."""
+    told = {}
+    if quantizer.refines:
+        packed, told = refine(name, quantizer, packed, view(block, stream.states, stream.targets, stream.call))
+    if settings.reconstruct_epochs:
+        packed, history = settings.reconstruct(block, name, packed, stream)
+        told |= history
+    return packed, told
 
 
 def view(block: nn.Module, states: list[Tensor], full: list[Tensor], call: BlockCall) -> BlockView:

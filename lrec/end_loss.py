@@ -23,12 +23,14 @@ from lrec.stream import BlockCall, StreamedModel, advance
 
 SWEEP_TOKENS = 4096
 CHUNK_TOKENS = 256  # whose logits are made at once
+OUTPUT = ""  # the block itself among its linears
 
 
 def token_weights(
     streamed: StreamedModel, input_ids_nL: Tensor, own: slice = slice(None), seed: int = 0
 ) -> list[dict[str, Tensor]]:
-    """For each block, by its linears' names: (n', L), the mean over output channels of (dl/dy)^2 for the windows `own`.
+    """For each block, by its linears' names and `OUTPUT`: (n', L), the mean over output channels of (dl/dy)^2 for the
+    windows `own`.
 
     Labels are drawn with a generator of this seed. Embeddings and head must be in memory, and stay there. Other
     processes do the other windows; a linear is named in all of them, or in none.
@@ -78,6 +80,15 @@ def of_groups(
     return found
 
 
+def of_output(weights: dict[str, Tensor], batch_size: int) -> list[Tensor] | None:
+    """What the error of a block's output counts for each token, (batch_size, L) for each batch of windows, 1 in the
+    mean. None if the block's `weights` are not known, or if no gradient reaches it."""
+    found_nL = weights.get(OUTPUT)
+    if found_nL is None or not found_nL.any():
+        return None
+    return list((found_nL / found_nL.mean()).split(batch_size))
+
+
 def _at_last_block(streamed: StreamedModel, head: Head, hidden_1LH: Tensor, uniform_l: Tensor) -> Tensor:
     """dl/dh for the last block's output h, labels being drawn by `uniform_l` (L - 1,); the last position predicts
     nothing that is known."""
@@ -105,6 +116,7 @@ def _back(
     block = streamed.load(index).requires_grad_(False)
     linears = anatomy.linears(block)
     power: dict[str, list[Tensor]] = {name: [] for name in linears}
+    power[OUTPUT] = [grad_1LH.float().square().mean(-1).cpu() for grad_1LH in grads]
     hooks = [linear.register_forward_hook(_watch(power[name])) for name, linear in linears.items()]
     for i, hidden_1LH in enumerate(before):
         with torch.enable_grad():

@@ -23,7 +23,7 @@ class Estimate:
     num_layers: int | None = setting(None, "blocks of the model (none: all)")
     bits: int = setting(2, "bits of a code, for a model that is not packed yet")
     group_size: int = setting(128, "columns that share a scale and a zero")
-    train: str = setting("adapters", "what learns, as in `lrec train`: adapters, scales, zeros, codes, or all (but codes)")
+    train: str = setting("adapters", "what learns: adapters, scales, zeros, codes by commas, or all (but codes)")
     lora_r: int = setting(16, "rank of the adapters on all linears")
     batch_size: int = setting(1, "windows in a micro-batch")
     max_length: int = setting(512, "tokens in a window")

@@ -12,7 +12,7 @@ from lrec.options import setting
 class Learning:
     """What of a packed model learns, and how adapters start."""
 
-    train: str = setting("adapters", "what learns: adapters, scales, zeros, codes, some of them parted by commas, or all (but codes)")
+    train: str = setting("adapters", "what learns: adapters, scales, zeros, codes by commas, or all (but codes)")
     scale_bits: int | None = setting(
         8, "bits in which trained scales and zeros of uniform layers are stored: 8 or 16 (none: as many as the base's)"
     )

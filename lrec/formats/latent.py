@@ -17,10 +17,10 @@ from lrec.formats.uniform import Uniform
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Latent(Uniform):
-    """w_NK[n, k] = scale[n, g] * (q_NK[n, k] - zero[n, g]) with g = k // group_size, q = clamp(round(u), 0, 2^bits - 1).
+    """w_NK[n, k] = scale[n, g] * (q_NK[n, k] - zero[n, g]) with q = clamp(round(u), 0, 2^bits - 1).
 
     qweight: float32 (N, K), the latents u, counted in codes.
-    The others: as in `uniform`.
+    The others, and g: as in `uniform`.
     """
 
     @classmethod

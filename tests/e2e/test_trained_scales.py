@@ -16,7 +16,9 @@ from lrec.cli import main
 
 TEXT = "the quick brown fox jumps over the lazy dog while seven wizards box with a jovial yak. "
 SHORT = ["--num_samples", "8", "--max_length", "32"]
-STEPS = ["--max_steps", "6", "--save_steps", "3", "--learning_rate", "5e-3", "--scales_learning_rate", "1e-2"]
+WHAT = {"S": "scales,zeros", "A": "all", "C": "all,codes"}
+STEPS = ["--max_steps", "6", "--save_steps", "3", "--learning_rate", "5e-3", "--scales_learning_rate", "1e-2",
+         "--codes_learning_rate", "0.1"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def place(tmp_path_factory):
     (place / "text.txt").write_text(TEXT * 200)
     words = ["--model", str(place / "M"), "--bits", "2", "--group_size", "32", "--dataset", str(place / "text.txt")]
     assert main(["quantize", *words, *SHORT, "--output_dir", str(place / "Q")]) == 0
-    for name, what in (("S", "scales,zeros"), ("A", "all")):
+    for name, what in WHAT.items():
         assert train(place, name, what) == 0
     return place
 
@@ -51,7 +53,7 @@ def logits(model):
         return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("name", ["S", "A"])
+@pytest.mark.parametrize("name", WHAT)
 def test_training_helps_and_the_report_counts_every_byte(place, name, capsys):
     before, after = report(place, capsys), report(place, capsys, "--adapter", str(place / name))
     assert after["kl"] < before["kl"]
@@ -62,12 +64,12 @@ def test_training_helps_and_the_report_counts_every_byte(place, name, capsys):
     model = load.model(str(place / "Q"), str(place / name))
     layers = trained.layers_of(model).values()
     weights = sum(layer.in_features * layer.out_features for layer in layers)
-    stored = sum(layer.packed.nbytes for layer in layers) + (added[1] if name == "A" else 0)
+    stored = sum(layer.packed.nbytes for layer in layers) + (added[1] if name != "S" else 0)
     assert after["bits_per_weight"] == 8 * stored / weights
     assert all(layer.packed.zero.dtype == layer.packed.scale.dtype == torch.uint8 for layer in layers)
 
 
-@pytest.mark.parametrize("name", ["S", "A"])
+@pytest.mark.parametrize("name", WHAT)
 def test_loading_gives_the_logits_of_the_trained_model_bit_for_bit(place, name):
     """Every way to load: ours, peft's, and by hand from the files."""
     expected = logits(load.model(str(place / "Q"), str(place / name)))
@@ -76,12 +78,12 @@ def test_loading_gives_the_logits_of_the_trained_model_bit_for_bit(place, name):
     for key, tensor in load_file(place / name / "base_tensors.safetensors").items():
         layer, _, field = key.rpartition(".")
         base.get_submodule(layer).become(base.get_submodule(layer).packed.updated({field: tensor}))
-    if name == "A":
+    if name != "S":
         for layer in trained.layers_of(base).values():
             assert not layer.trained
         other = AutoModelForCausalLM.from_pretrained(place / "Q", dtype=torch.float32)
-        assert torch.equal(logits(PeftModel.from_pretrained(other, place / "A")), expected)
-        base = PeftModel.from_pretrained(base, place / "A")
+        assert torch.equal(logits(PeftModel.from_pretrained(other, place / name)), expected)
+        base = PeftModel.from_pretrained(base, place / name)
     assert torch.equal(logits(base), expected)
     assert not torch.equal(plain, expected)
 
@@ -102,23 +104,23 @@ def test_what_is_saved_is_what_the_trainer_held(place, tmp_path):
     assert torch.equal(seen["logits"], logits(load.model(str(place / "Q"), str(place / "S")))), "one seed, one result"
 
 
-@pytest.mark.parametrize("name", ["S", "A"])
+@pytest.mark.parametrize("name", WHAT)
 def test_a_resumed_run_is_the_straight_run(place, name, tmp_path):
     shutil.copytree(place / name, place / f"{name}-resumed")
     resumed = place / f"{name}-resumed"
     shutil.rmtree(resumed / "checkpoint-6")
-    what = {"S": "scales,zeros", "A": "all"}[name]
-    assert train(place, resumed.name, what, "--resume_from_checkpoint", "true") == 0
-    for file in ("base_tensors.safetensors", *(["adapter_model.safetensors"] if name == "A" else [])):
+    assert train(place, resumed.name, WHAT[name], "--resume_from_checkpoint", "true") == 0
+    for file in ("base_tensors.safetensors", *(["adapter_model.safetensors"] if name != "S" else [])):
         first, second = load_file(place / name / file), load_file(resumed / file)
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first), file
     kept = load_file(place / name / "checkpoint-3" / "base_tensors.safetensors")
     assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
 
 
-def test_a_merged_export_and_an_exported_adapter_carry_them(place, tmp_path):
-    expected = logits(load.model(str(place / "Q"), str(place / "A")))
-    words = ["export", "--model", str(place / "Q"), "--adapter", str(place / "A")]
+@pytest.mark.parametrize("name", ["A", "C"])
+def test_a_merged_export_and_an_exported_adapter_carry_them(name, place, tmp_path):
+    expected = logits(load.model(str(place / "Q"), str(place / name)))
+    words = ["export", "--model", str(place / "Q"), "--adapter", str(place / name)]
     assert main([*words, "--format", "merged", "--output_dir", str(tmp_path / "merged")]) == 0
     assert_close(logits(load.model(str(tmp_path / "merged"))), expected, 2e-2)
     assert main([*words, "--format", "adapter", "--output_dir", str(tmp_path / "adapter")]) == 0
@@ -163,6 +165,6 @@ def test_packed_embeddings_and_head_stay_frozen_and_the_rest_is_known_to_ddp(pla
 
 def test_streamed_weights_and_unknown_parts_are_refused(place, capsys):
     assert train(place, "X", "scales", "--stream_weights", "true") == 2
-    assert "--stream_weights reads scales and zeros anew" in capsys.readouterr().err
+    assert "--stream_weights reads packed weights anew" in capsys.readouterr().err
     assert train(place, "X", "scale") == 2
     assert "scales" in capsys.readouterr().err and not (place / "X").exists()
