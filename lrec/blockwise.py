@@ -1,9 +1,10 @@
 """The second stage of quantizing a block: all its layers together, judged by what the whole block puts out.
 
-Quantizers whose `refines` is true have one of their own, and `lrec.reconstruct` is one for all. For them the pass carries a second stream of hidden states, those of
-the full-precision model, which is run block by block beside the quantized one (also for blocks that are done: a
-resumed run sees what a straight one sees). It costs one forward pass of the block, and as much memory as the first
-stream: samples * length * hidden size values, and as much again inside a stage that keeps targets of its own.
+Quantizers whose `refines` is true have one of their own, and `lrec.reconstruct` is one for all. For them the pass
+carries a second stream of hidden states, those of the full-precision model, which is run block by block beside the
+quantized one (also for blocks that are done: a resumed run sees what a straight one sees). It costs one forward pass of
+the block, and as much memory as the first stream: samples * length * hidden size values, and as much again inside a
+stage that keeps targets of its own.
 """
 
 import torch

@@ -24,6 +24,7 @@ class Estimate:
     bits: int = setting(2, "bits of a code, for a model that is not packed yet")
     group_size: int = setting(128, "columns that share a scale and a zero")
     train: str = setting("adapters", "what learns: adapters, scales, zeros, codes by commas, or all (but codes)")
+    reconstruct_epochs: int = setting(0, "as `lrec quantize` is told: above 0, blocks are trained when quantizing")
     lora_r: int = setting(16, "rank of the adapters on all linears")
     batch_size: int = setting(1, "windows in a micro-batch")
     max_length: int = setting(512, "tokens in a window")

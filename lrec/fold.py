@@ -19,7 +19,6 @@ from lrec import anatomy, formats, rewrite
 from lrec.assembly import Assembly
 from lrec.formats.uniform import Uniform
 from lrec.inputs import collect
-from lrec.layer_rows import layer_row, packed_row
 from lrec.lora_files import LoraFiles
 from lrec.nn import PackedLinear, replace
 from lrec.progress import Progress

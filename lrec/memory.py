@@ -46,6 +46,7 @@ class Setup:
     group_size: int = 128
     quantize_embeddings: int | None = None
     train: str = "adapters"
+    reconstruct_epochs: int = 0
     lora_r: int = 16
     target_modules: str | list[str] = "all-linear"
     lora_dtype: torch.dtype = torch.float32
@@ -194,7 +195,7 @@ def adapted_skeleton(config, setup: Setup) -> nn.Module:
 def weights(model: nn.Module, setup: Setup) -> dict[str, int]:
     """Bytes of the frozen weights: packed (streamed ones: the two largest blocks'), embeddings, head, all else."""
     packed = [
-        sum(_frozen(m) for m in block.modules() if isinstance(m, PackedLinear))
+        sum(_held(m) for m in block.modules() if isinstance(m, PackedLinear))
         for block in anatomy.find_blocks(model).modules
     ]
     embedding, head = model.get_input_embeddings(), output_layer(model)
@@ -280,13 +281,9 @@ def rows(parts: dict[str, int]) -> list[dict]:
     return [{"part": name, "bytes": n} for name, n in parts.items()]
 
 
-def _frozen(layer: PackedLinear) -> int:
-    return layer.packed.nbytes - sum(_bytes(layer._parameters[field]) for field in layer.trained)
-
-
 def _held(module: nn.Module) -> int:
     if isinstance(module, PackedModule):
-        return module.packed.nbytes
+        return module.packed.nbytes - sum(_bytes(module._parameters[field]) for field in module.trained)
     return sum(map(_bytes, module.parameters()))
 
 

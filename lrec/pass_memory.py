@@ -7,9 +7,10 @@ open, and what is written to one is there three times: as tensors, as their byte
 
 from torch import nn
 
-from lrec import anatomy, shapes
+from lrec import anatomy, shapes, trained
 from lrec.head import output_layer
-from lrec.memory import Prediction, Setup
+from lrec.memory import Prediction, Setup, kernel_bytes
+from lrec.rehearsal import rehearse
 
 
 def quantizing(config, setup: Setup, calibration_tokens: int) -> Prediction:
@@ -31,9 +32,33 @@ def quantizing(config, setup: Setup, calibration_tokens: int) -> Prediction:
             "solver": 4 * 4 * max(linear.weight.numel() for linear in linears),
         },
     }
+    if setup.reconstruct_epochs:
+        for parts in moments.values():
+            if "hidden states" in parts:
+                parts["full model's hidden states"] = states
+        moments["reconstruct"] = reconstructing(config, setup) | {
+            "block": max(map(_block_bytes, blocks)), "hidden states": states, "full model's hidden states": states
+        }  # fmt: skip
     if setup.device == "cpu":
         moments["write"] = {"embeddings and head, three times": 3 * stored_bytes(model, setup), "hidden states": states}
     return _fullest(moments)
+
+
+def reconstructing(config, setup: Setup) -> dict[str, int]:
+    """What training a block takes beside it: float32 codes, scales and zeros, Adam's two states, and, while a window
+    runs forward and back, what is kept for the gradients and these themselves."""
+    model = shapes.skeleton(config, setup.dtype)
+    shapes.pack_empty(model, config, setup.bits, setup.group_size)
+    trained.start(model, ("scales", "zeros", "codes"))
+    first = anatomy.find_blocks(model).modules[0]
+    floats = sum(p.nbytes for p in first.parameters() if p.requires_grad)
+    (block, *_) = rehearse(model, 1, setup.max_length)
+    return {
+        "trained floats": floats,
+        "optimizer": 2 * floats,
+        "forward and backward": block.kept + max(block.forward, block.backward),
+        "kernel": kernel_bytes(setup.device),
+    }
 
 
 def caching(config, setup: Setup, sweep_tokens: int) -> Prediction:

@@ -6,6 +6,10 @@ One block is in memory, and the two streams of hidden states. Codes move by the 
 (`lrec.formats.latent`): a code changes once its float has gone half the way to the next one, which takes many steps
 that agree, so that noise changes few. Integer zero points stay, since trained ones would take 16 bits.
 
+With few tokens codes fit the text and not the model: on 8 blocks of SmolLM2-135M (2 bits, groups of 64, 4096 tokens, 4
+epochs, 2026-11) held-out KL went from 0.849 to 0.658 with scales and zeros, and to 0.671 with a reach of 0.96 besides,
+although the fifth block's error on the text itself was less than half. So codes stay unless they are given reach.
+
 Plain squared error fails at 2 bits: it is blind to what the head reads of a state, and one massive activation
 outweighs all the text. So the error of a token counts by how much the full model's output depends on the block's
 output there (`lrec.end_loss`), or, where that is not known, by one over its size.
@@ -50,11 +54,11 @@ class Reconstruct:
     """How blocks are reconstructed, and whether."""
 
     reconstruct_epochs: int = setting(
-        0, "passes over the text that train each block's scales, zeros and codes on its output (0: none)"
+        0, "passes over the text that train each block's scales, zeros (and codes) on its output (0: none)"
     )
     reconstruct_lr: float = setting(2e-3, "peak rate of scales and zeros in these passes, as a share of their size")
     reconstruct_reach: float = setting(
-        1.0, "how far, in codes, the float behind a code can move in all these steps together (0: codes stay)"
+        0.0, "how far, in codes, the float behind a code can move in all these steps together (0: codes stay)"
     )
 
     def __post_init__(self):

@@ -18,8 +18,8 @@ FLOORS = [
     "trained record card logbook",
     "watch training_progress",
     "integrations conversations pooling",
-    "stream load assembly calibration allocation sweep blockwise reconstruct inputs meter forward step ends shapes rehearsal "
-    "offload lora_files end_loss rows",
+    "stream load assembly calibration allocation sweep blockwise reconstruct inputs meter forward step ends shapes "
+    "rehearsal offload lora_files end_loss rows",
     "blocks capture trainer evaluate export report bench memory pass_memory estimate rewrite fold touch_up imports",
     "effort learning",
     "runs correction hub",

@@ -7,16 +7,23 @@ from pathlib import Path
 import pytest
 from checks import tiny_llama
 
+from lrec import pass_memory
+from lrec.memory import Setup
+
 SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16}
 # The vocabulary is to the hidden size as Llama-7B's.
 VOCABULARY, NUM_BLOCKS, NUM_WINDOWS, LENGTH = 8000, 2, 8, 256
 FLOAT32 = 4
 
+MEASURED = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
+)
+
 # Run in a process of its own, after a pass over a tiny model has loaded every library and made its workspaces.
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from lrec.blocks import Pass
+from lrec.blocks import Pass, PassSettings
 from lrec.calibration import Calibration
 from lrec import kernels
 from lrec.meter import Meter
@@ -27,7 +34,8 @@ from lrec.stream import StreamedModel
 def run(name, length):
     streamed = StreamedModel(Path(name), torch.float32)
     ids = torch.arange(8 * length).view(8, length) % 256
-    Pass(streamed, GPTQ(group_size=32), Calibration(ids), Path(name + "-packed")).run()
+    passing = PassSettings(reconstruct_epochs=int(sys.argv[2]))
+    Pass(streamed, GPTQ(group_size=32), Calibration(ids), Path(name + "-packed"), passing).run()
 
 run("tiny", 16)
 kernels.matmul(torch.ones(64, 2048), RTN()(torch.ones(2048, 2048)))  # the kernels' panel, of one size for all models
@@ -37,20 +45,41 @@ print(meter.peak())
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-def test_the_pass_stays_under_two_blocks_the_states_and_the_embeddings(tmp_path):
-    tiny_llama().bfloat16().save_pretrained(tmp_path / "tiny")
+def peak_bytes(place, reconstruct_epochs):
+    """What a pass over the model in `place` took, measured by a process of its own."""
+    tiny_llama().bfloat16().save_pretrained(place / "tiny")
+    words = [sys.executable, "-c", MEASURE, str(LENGTH), str(reconstruct_epochs)]
+    done = subprocess.run(words, cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(done.stdout)
+
+
+def save_model(place):
+    """A model of `SHAPE` in `place`, which is returned."""
     shape = {**SHAPE, "vocab_size": VOCABULARY, "num_hidden_layers": NUM_BLOCKS, "max_position_embeddings": LENGTH}
     model = tiny_llama(**shape).bfloat16()
-    model.save_pretrained(tmp_path / "model")
+    model.save_pretrained(place / "model")
+    return model
+
+
+@pytest.mark.slow
+@MEASURED
+def test_the_pass_stays_under_two_blocks_the_states_and_the_embeddings(tmp_path):
+    model = save_model(tmp_path)
     block_bytes = FLOAT32 * sum(p.numel() for p in model.model.layers[0].parameters())
     state_bytes = FLOAT32 * NUM_WINDOWS * LENGTH * SHAPE["hidden_size"]
     embedding_bytes = FLOAT32 * 2 * VOCABULARY * SHAPE["hidden_size"]
     del model
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(LENGTH)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    peak_bytes, allowed = int(done.stdout), 2 * block_bytes + state_bytes + embedding_bytes
-    assert peak_bytes <= allowed, f"{peak_bytes / 1e6:.0f} MB, allowed are {allowed / 1e6:.0f} MB"
+    peak, allowed = peak_bytes(tmp_path, 0), 2 * block_bytes + state_bytes + embedding_bytes
+    assert peak <= allowed, f"{peak / 1e6:.0f} MB, allowed are {allowed / 1e6:.0f} MB"
     # The embeddings alone were in memory: a peak below them would mean that the measure is broken.
-    assert peak_bytes >= embedding_bytes / 2, f"{peak_bytes / 1e6:.0f} MB cannot be right"
+    assert peak >= embedding_bytes / 2, f"{peak / 1e6:.0f} MB cannot be right"
+
+
+@pytest.mark.slow
+@MEASURED
+def test_reconstruction_takes_what_was_predicted(tmp_path):
+    config = save_model(tmp_path).config
+    setup = Setup(group_size=32, reconstruct_epochs=1, max_length=LENGTH)
+    predicted = pass_memory.quantizing(config, setup, NUM_WINDOWS * LENGTH).peak_bytes
+    assert peak_bytes(tmp_path, 1) == pytest.approx(predicted, rel=0.15)

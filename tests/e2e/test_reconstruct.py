@@ -6,7 +6,8 @@ from checks import tiny_model
 from safetensors.torch import load_file
 
 from lrec import anatomy, assembly, checkpoint, end_loss, load, reconstruct
-from lrec.blocks import Calibration, Pass, PassSettings
+from lrec.blocks import Pass, PassSettings
+from lrec.calibration import Calibration
 from lrec.nn import PackedLinear
 from lrec.quantizers.gptq import GPTQ
 from lrec.quantizers.nf2 import Nf2
