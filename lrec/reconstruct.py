@@ -81,9 +81,8 @@ class Reconstruct:
         for layer in layers.values():
             layer.train_fields(self.fields(layer.packed))
         steps = self.reconstruct_epochs * len(stream.states)
-        # A step of Adam moves by the rate at most, and the mean of a cosine's rates is half the first.
-        codes_lr = 2 * self.reconstruct_reach / steps
-        optimizer = torch.optim.Adam(trained.parameter_groups(block, self.reconstruct_lr, codes_lr))
+        groups = trained.parameter_groups(block, self.reconstruct_lr, self.reconstruct_reach, steps)
+        optimizer = torch.optim.Adam(groups)
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         history = []
         for _ in range(self.reconstruct_epochs):

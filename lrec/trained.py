@@ -93,13 +93,15 @@ def allow(model: nn.Module, names: set[str]) -> None:
             module.hf_quantizer.is_qat_trainable = True
 
 
-def parameter_groups(model: nn.Module, rate: float, codes_rate: float) -> list[dict]:
+def parameter_groups(model: nn.Module, rate: float, reach: float, num_steps: int) -> list[dict]:
     """Groups of an optimizer, one for each field of a layer, without decay; `rate` is relative to the field's size.
 
     Scales of one layer may be a hundred times those of another, and zeros are counted in codes: a step of Adam moves an
-    entry by the learning rate, so that is `rate` times the root mean square of the field. Latents are all of one size,
-    and what a step should be is a share of the way to the next code: `codes_rate`.
+    entry by the learning rate, so that is `rate` times the root mean square of the field. Latents have one size, and
+    what counts is whether one comes to the next code: `reach` is how far one moves if all steps agree and rates fall
+    along a cosine, whose mean is half its first. So, however many the steps, few of the codes change by noise.
     """
+    codes_rate = 2 * reach / max(num_steps, 1)
     groups = []
     for layer in layers_of(model).values():
         for field in layer.trained:

@@ -64,9 +64,7 @@ class LrecConfig(StepConfig):
         default=2e-3,
         metadata={"help": "That of trained scales and zeros, as a share of their size (root mean square) per step."},
     )
-    codes_learning_rate: float = field(
-        default=2e-2, metadata={"help": "That of trained codes: how far towards its next code one moves in a step."}
-    )
+    codes_reach: float = field(default=1.0, metadata={"help": "How far trained codes can move in all steps together."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
     warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up, in steps, or below 1 as a share of them."})
     patience: int | None = field(
@@ -197,7 +195,8 @@ class LrecTrainer(SFTTrainer):
         """The optimizer that `optim` names; trained scales and zeros have rates of their own. It steps one parameter at
         a time, see `lrec.optimizers`, if gradients are applied in backward or adapters are in bfloat16."""
         optimizer = super().create_optimizer(model)
-        own = trained.parameter_groups(self.model, self.args.scales_learning_rate, self.args.codes_learning_rate)
+        reach, steps = self.args.codes_reach, self.state.max_steps
+        own = trained.parameter_groups(self.model, self.args.scales_learning_rate, reach, steps)
         taken = {id(p) for group in own for p in group["params"]}
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in taken]

@@ -18,7 +18,7 @@ TEXT = "the quick brown fox jumps over the lazy dog while seven wizards box with
 SHORT = ["--num_samples", "8", "--max_length", "32"]
 WHAT = {"S": "scales,zeros", "A": "all", "C": "all,codes"}
 STEPS = ["--max_steps", "6", "--save_steps", "3", "--learning_rate", "5e-3", "--scales_learning_rate", "1e-2",
-         "--codes_learning_rate", "0.1"]  # fmt: skip
+         "--codes_reach", "1.5"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
