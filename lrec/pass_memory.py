@@ -7,7 +7,7 @@ open, and what is written to one is there three times: as tensors, as their byte
 
 from torch import nn
 
-from lrec import anatomy, shapes, trained
+from lrec import anatomy, end_loss, shapes, trained
 from lrec.head import output_layer
 from lrec.memory import Prediction, Setup, kernel_bytes
 from lrec.rehearsal import rehearse
@@ -16,31 +16,46 @@ from lrec.rehearsal import rehearse
 def quantizing(config, setup: Setup, calibration_tokens: int) -> Prediction:
     """The block-by-block pass: embeddings first, then one block, the hidden states of all calibration tokens, the
     statistics of its inputs (each one's Hessian; of the widest, its inverse and its factor too), and what the solver
-    holds of its largest weight in float32."""
+    holds of its largest weight in float32.
+
+    With `match_upstream` or `reconstruct_epochs` the full-precision model's hidden states go beside, and the former has
+    a cross-covariance beside each Hessian; `end_loss_hessian` first has a backward pass, whose token weights are kept.
+    """
     model = shapes.skeleton(config, setup.dtype)
     blocks = anatomy.find_blocks(model).modules
-    linears = anatomy.linears(blocks[0]).values()
+    block_bytes, linears = max(map(_block_bytes, blocks)), anatomy.linears(blocks[0]).values()
     widest = max(linear.in_features for linear in linears)
     inputs = {linear.in_features for linear in linears}
-    states = calibration_tokens * output_layer(model).in_features * setup.dtype.itemsize
-    moments = ends(model, setup, states) | {
-        "block": {
-            "block": max(map(_block_bytes, blocks)),
-            "hidden states": states,
-            # Each group of linears that share an input has a Hessian until its turn comes.
-            "statistics": 4 * (sum(k * k for k in inputs) + 2 * min(inputs) ** 2) + 3 * 4 * widest**2,
+    state_bytes = output_layer(model).in_features * setup.dtype.itemsize
+    kept = {"hidden states": calibration_tokens * state_bytes}
+    if setup.match_upstream or setup.reconstruct_epochs:
+        kept["full model's hidden states"] = kept["hidden states"]
+    if setup.end_loss_hessian:
+        kept["token weights"] = 4 * calibration_tokens * len(blocks) * (len(linears) + 1)
+    # Each group of linears that share an input has a Hessian until its turn comes.
+    hessians = 4 * (sum(k * k for k in inputs) + 2 * min(inputs) ** 2)
+    moments = ends(model, setup, kept) | {
+        "block": kept
+        | {
+            "block": block_bytes,
+            "statistics": hessians * (2 if setup.match_upstream else 1) + 3 * 4 * widest**2,
             "solver": 4 * 4 * max(linear.weight.numel() for linear in linears),
         },
     }
     if setup.reconstruct_epochs:
-        for parts in moments.values():
-            if "hidden states" in parts:
-                parts["full model's hidden states"] = states
-        moments["reconstruct"] = reconstructing(config, setup) | {
-            "block": max(map(_block_bytes, blocks)), "hidden states": states, "full model's hidden states": states
-        }  # fmt: skip
+        moments["reconstruct"] = kept | reconstructing(config, setup) | {"block": block_bytes}
+    if setup.end_loss_hessian:
+        swept = min(calibration_tokens, end_loss.SWEEP_TOKENS)
+        moments["end loss"] = moments["load"] | {
+            "block": block_bytes,
+            "hidden states before every block": (len(blocks) + 2) * swept * state_bytes,
+            # What a block keeps of a window for its backward: every linear's input and output, about.
+            "forward": setup.dtype.itemsize * setup.max_length * sum(m.in_features + m.out_features for m in linears),
+            "logits": 3 * 4 * min(setup.max_length, end_loss.CHUNK_TOKENS) * output_layer(model).out_features,
+            "token weights": kept["token weights"],
+        }
     if setup.device == "cpu":
-        moments["write"] = {"embeddings and head, three times": 3 * stored_bytes(model, setup), "hidden states": states}
+        moments["write"] = kept | {"embeddings and head, three times": 3 * stored_bytes(model, setup)}
     return _fullest(moments)
 
 
@@ -69,7 +84,7 @@ def caching(config, setup: Setup, sweep_tokens: int) -> Prediction:
     width, hidden_size = setup.dtype.itemsize, output_layer(model).in_features
     widest = max(max(m.in_features, m.out_features) for m in anatomy.linears(blocks[0]).values())
     states = sweep_tokens * hidden_size * width
-    moments = ends(model, setup, states) | {
+    moments = ends(model, setup, {"hidden states": states}) | {
         "blocks": {
             "two blocks": sum(sorted(map(_block_bytes, blocks))[-2:]),
             "hidden states": states,
@@ -82,11 +97,11 @@ def caching(config, setup: Setup, sweep_tokens: int) -> Prediction:
     return _fullest(moments)
 
 
-def ends(model: nn.Module, setup: Setup, states: int) -> dict[str, dict[str, int]]:
-    """The moments at which embeddings and head are in memory: read from their file, and used."""
+def ends(model: nn.Module, setup: Setup, kept: dict[str, int]) -> dict[str, dict[str, int]]:
+    """The moments at which embeddings and head are in memory: read from their file, and used, with what is `kept`."""
     there = {"embeddings and head": stored_bytes(model, setup) // setup.stored_dtype.itemsize * setup.dtype.itemsize}
     pages = {"their pages": stored_bytes(model, setup)} if setup.device == "cpu" else {}
-    return {"load": there | pages, "embed": there | {"hidden states": states}}
+    return {"load": there | pages, "embed": there | kept}
 
 
 def stored_bytes(model: nn.Module, setup: Setup) -> int:
