@@ -4,9 +4,11 @@ Each says what it gives up. They add up; none changes what is learned, but for t
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from transformers import TrainerCallback
 from trl import SFTConfig
 
@@ -43,6 +45,7 @@ class StepConfig(SFTConfig):
     def __post_init__(self):
         self._settle_checkpointing()
         self._check_choices()
+        self._check_sharding()
         super().__post_init__()
 
     @property
@@ -69,6 +72,16 @@ class StepConfig(SFTConfig):
         wrong = [rule for rule, broken in rules.items() if broken]
         if wrong:
             raise ValueError("; ".join(wrong))
+
+    def _check_sharding(self) -> None:
+        launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") if launched else "0"
+        if stage == "3" or (self.deepspeed and HfDeepSpeedConfig(self.deepspeed).is_zero3()):
+            raise ValueError(
+                "ZeRO-3 shards parameters, but packed weights are buffers, which it copies to every process, and the "
+                "loss reads the head between forward passes, when ZeRO-3 holds none of it: use ZeRO-2, or plain "
+                "data-parallel processes, since packed weights take an eighth of what ZeRO-3 was made for"
+            )
 
     def _settle_checkpointing(self) -> None:
         if self.checkpointing != "auto":

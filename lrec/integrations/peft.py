@@ -112,7 +112,15 @@ def prepare_model_for_training(
     Takes the place of peft's `prepare_model_for_kbit_training`, which would cast embeddings and head to float32 and
     leave gradient checkpointing off. Nothing is cast here. Checkpointing defaults to `use_reentrant=False`. DDP will
     not broadcast the packed weights at every forward, as it does other buffers.
+
+    Raises ValueError for packed weights that accelerate brings in for the forward pass alone.
     """
+    away = [name for name, module in packed_modules(model).items() if module.visit is None and module.qweight.is_meta]
+    if away:
+        raise ValueError(
+            f"{len(away)} packed layers, such as {away[0]}, are offloaded with offload_buffers=True: they are there in "
+            "forward but not in backward. To train, leave it out, or use `lrec train --stream_weights true`"
+        )
     if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         model.requires_grad_(False)
     if use_gradient_checkpointing:
