@@ -15,32 +15,29 @@ import torch
 from torch import Tensor
 
 from lrec import formats, registry
+from lrec.bench.gpu_weights import others, weights
 from lrec.formats import Packed
-from lrec.formats.binary import Binary
-from lrec.formats.uniform import Uniform, groups
 from lrec.kernels import Call, gpu
 from lrec.kernels.gpu import tiling, tuning
 from lrec.kernels.gpu.tiling import Weight
 
-DEVICE = "cuda"
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (8192, 28672))
 ROWS = (1, 4, 16, 64, 256, 2048)
 TRAINING_ROWS = 2048  # from here on the gradient of x is measured too
 GRADIENT_ROWS = (16,)  # where the gradient of x is measured alone
 TUNED = ((1, False), (16, False), (16, True))  # rows of x, and whether for its gradient
 CROSSOVER_SHAPE, CROSSOVER_ROWS = (14336, 4096), (16, 32, 64, 128, 256)
-BITS = (2, 3, 4)
 SERVING = ("fused_triton", "slab_triton")
 ERROR_WEIGHTS = 2**26  # of larger weights float64 takes longer than the measurement
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to multiply x (T, K) by copy i of a weight: y (T, N), or its gradient too; None if it refuses T rows."""
+    """A way to multiply x (T, K) by copy i of a weight: y (T, N), or its gradient too, if there is one."""
 
     name: str
     forward: Callable[[Tensor, int], Tensor]
-    backward: Callable[[Tensor, int], Tensor]
+    backward: Callable[[Tensor, int], Tensor] | None
     nbytes: int
     weight: Packed | None = None
     most_rows: int = 2**30
@@ -61,7 +58,8 @@ def run(group_size: int, repeats: int, quick: bool) -> dict:
     for N, K in shapes:
         dense = bfloat16(N, K)
         nf4, absent = bitsandbytes_nf4(N, K)
-        packed = [contender(p, name) for p in weights(N, K, group_size) for name in SERVING]
+        kinds = weights(N, K, group_size) + (others(N, K, group_size) if (N, K) == CROSSOVER_SHAPE else [])
+        packed = [contender(p, name) for p in kinds for name in SERVING]
         for T in counts:
             rows += measure([dense, *nf4, *packed], (N, K), T, repeats)
     return {
@@ -83,9 +81,11 @@ def tune(group_size: int) -> dict[str, int]:
 
     configs = {}
     for N, K in SHAPES:
-        for packed in weights(N, K, group_size):
+        for packed in weights(N, K, group_size) + (others(N, K, group_size)[:-1] if (N, K) == CROSSOVER_SHAPE else []):
             copied, weight = copies(packed), Weight.of(packed)
             for T, transpose in TUNED:
+                if tiling.refuses(packed.spec(), transpose):
+                    continue
                 x, way = random_x(T, N if transpose else K), gradient if transpose else product
                 calls = {
                     config: lambda i, x=x, copied=copied, config=config, way=way: way(
@@ -97,8 +97,10 @@ def tune(group_size: int) -> dict[str, int]:
                 configs[tuning.shape_class(weight, T, transpose)] = min(times, key=times.get)
     tuning.record(configs, {})
     crossovers = {}
-    for packed in weights(*CROSSOVER_SHAPE, group_size):
+    for packed in weights(*CROSSOVER_SHAPE, group_size) + others(*CROSSOVER_SHAPE, group_size):
         for transpose in (False, True):
+            if tiling.refuses(packed.spec(), transpose):
+                continue
             crossovers[tuning.kind(Weight.of(packed), transpose)] = crossover(packed, transpose)
     tuning.record({}, crossovers)
     return crossovers
@@ -139,9 +141,10 @@ def measure(contenders: list[Contender], shape: tuple[int, int], T: int, repeats
         **({"forward+backward": lambda c, i: c.backward(c.forward(x, i), i)} if T >= TRAINING_ROWS else {}),
     }
     for direction, run in directions.items():
-        calls = {c.name: lambda i, c=c, run=run: run(c, i) for c in served}
+        able = [c for c in served if c.backward or direction == "forward"]
+        calls = {c.name: lambda i, c=c, run=run: run(c, i) for c in able}
         times = medians(calls, repeats, launches=40 if T <= 64 else 4)
-        for c in served:
+        for c in able:
             ratios = {"x_bfloat16": times["torch bfloat16"] / times[c.name]}
             if "bitsandbytes nf4" in times:
                 ratios["x_nf4"] = times["bitsandbytes nf4"] / times[c.name]
@@ -202,34 +205,16 @@ def error(c: Contender, x: Tensor, dy: Tensor, direction: str) -> float | None:
     return float((actual.double() - expected).norm() / expected.norm())
 
 
-def weights(N: int, K: int, group_size: int) -> list[Packed]:
-    """A random weight on the GPU of each kind that is measured; any bits are codes where K is a multiple of 32."""
-    G = groups(K, group_size)
-
-    def words(*shape: int) -> Tensor:
-        return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=DEVICE)
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.rand(shape, device=DEVICE).half() + 0.1
-
-    settings = {"shape": (N, K), "group_size": group_size}
-    uniform = [
-        Uniform(**settings, bits=b, qweight=words(N, K // 32 * b), scale=numbers(N, G), zero=b * numbers(N, G))
-        for b in BITS
-    ]
-    planes = Binary(**settings, qweight=words(N, 2, K // 32), alpha=numbers(N, G, 2), offset=numbers(N, G))
-    return [*uniform, planes]
-
-
 def contender(packed: Packed, kernel: str, most_rows: int | None = None) -> Contender:
     """A kernel of ours, called as the op calls it."""
     copied, found = copies(packed), registry.find("kernels", kernel)
     if most_rows is None:
         most_rows = 256 if kernel == "fused_triton" else 2**30
+    alone = kernel == "fused_triton" and tiling.refuses(packed.spec(), True) is not None
     return Contender(
         f"{tuning.kind(Weight.of(packed))} {kernel}",
         lambda x, i: found.matmul(x, copied[i % len(copied)], False),
-        lambda dy, i: found.matmul(dy, copied[i % len(copied)], True),
+        None if alone else lambda dy, i: found.matmul(dy, copied[i % len(copied)], True),
         packed.nbytes,
         packed,
         most_rows,
@@ -238,7 +223,7 @@ def contender(packed: Packed, kernel: str, most_rows: int | None = None) -> Cont
 
 def bfloat16(N: int, K: int) -> Contender:
     """torch's own product with a dense weight."""
-    w = clones(torch.randn(N, K, device=DEVICE, dtype=torch.bfloat16))
+    w = clones(torch.randn(N, K, device="cuda", dtype=torch.bfloat16))
     return Contender(
         "torch bfloat16", lambda x, i: x @ w[i % len(w)].t(), lambda dy, i: dy @ w[i % len(w)], w[0].nbytes
     )
@@ -251,7 +236,7 @@ def bitsandbytes_nf4(N: int, K: int) -> tuple[list[Contender], str | None]:
     except ImportError as reason:
         return [], f"absent, so not compared: {reason}"
     data, state = functional.quantize_4bit(
-        torch.randn(N, K, device=DEVICE, dtype=torch.bfloat16), quant_type="nf4", blocksize=64
+        torch.randn(N, K, device="cuda", dtype=torch.bfloat16), quant_type="nf4", blocksize=64
     )
     w = clones(data)
     forward = lambda x, i: matmul_4bit(x, w[i % len(w)].t(), quant_state=state)  # noqa: E731
@@ -273,11 +258,11 @@ def clones(tensor: Tensor, nbytes: int | None = None) -> list[Tensor]:
 
 def random_x(T: int, K: int) -> Tensor:
     """bfloat16 activations on the GPU."""
-    return torch.randn(T, K, device=DEVICE, dtype=torch.bfloat16)
+    return torch.randn(T, K, device="cuda", dtype=torch.bfloat16)
 
 
 def copy_rate() -> float:
     """GB/s, read and written, at which this GPU copies a gigabyte."""
-    source = torch.empty(2**30, dtype=torch.int8, device=DEVICE)
+    source = torch.empty(2**30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / medians({"copy": lambda i: target.copy_(source)}, 7, 4)["copy"] / 1e9

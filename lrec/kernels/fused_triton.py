@@ -1,7 +1,8 @@
 """Few rows of x by packed weights in one Triton kernel: decoding a model, where reading the weights is all the time.
 
-Weights of 2, 3, 4 and 8 bits and sums of signs are multiplied as they lie on disk; see `gpu.fields` and `gpu.fused`.
-So are their gradients, by `gpu.gradient`. More rows than the crossover that was measured on the device go to slabs.
+Weights of 2, 3, 4 and 8 bits, sums of signs, trits and codes of levels are multiplied as they lie on disk; see
+`gpu.fields` and `gpu.fused`. So are gradients of most of them, by `gpu.gradient`. More rows than the crossover that was
+measured on the device go to slabs.
 """
 
 import os
@@ -48,6 +49,5 @@ class FusedTriton(Kernel):
 
         if x_TK.shape[0] == 0:
             return x_TK.new_empty(0, packed.shape[1 if transpose else 0])
-        config = tuning.config(Weight.of(packed), x_TK.shape[0], transpose)
         with gpu.on(x_TK.device):
-            return (gradient if transpose else product)(x_TK, packed, config)
+            return (gradient if transpose else product)(x_TK, packed)

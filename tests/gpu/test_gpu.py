@@ -17,7 +17,7 @@ from lrec.kernels.gpu import tiling
 from lrec.kernels.gpu.tiling import Weight
 from lrec.kernels.slab_triton import SlabTriton
 from tests.checks import TOLERANCE, assert_close
-from tests.numeric.test_kernels import DTYPES, EXAMPLES, binary, example
+from tests.numeric.test_kernels import DTYPES, EXAMPLES, ROUNDS, binary, example
 
 PRESENT = shutil.which("nvidia-smi") is not None or any(Path("/dev").glob("nvidia[0-9]*"))
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not PRESENT, reason="no NVIDIA GPU on this machine")]
@@ -60,6 +60,8 @@ def test_decoded_values_are_those_of_unpack_bit_for_bit(format_name, case):
     packed = example(format_name, case)
     on_gpu, w_NK = packed.to("cuda"), packed.unpack()
     for kernel, dtype in ((SlabTriton, torch.float32), (FusedTriton, torch.float16)):
+        if kernel is FusedTriton and ("fused_triton", format_name) in ROUNDS:
+            continue
         if served(kernel, packed, dtype):
             eye = torch.eye(packed.shape[1], dtype=dtype, device="cuda")
             assert torch.equal(kernel.matmul(eye, on_gpu, False).cpu(), w_NK.t().to(dtype)), kernel.__name__

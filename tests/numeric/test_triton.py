@@ -21,13 +21,14 @@ from lrec.kernels.gpu import tiling, tuning
 from lrec.kernels.gpu.tiling import Config, Weight
 from lrec.kernels.slab_triton import SlabTriton
 from tests.checks import TOLERANCE, assert_close
-from tests.numeric.test_kernels import EXAMPLES, INTERPRETED, binary, example, uniform
+from tests.numeric.test_kernels import EXAMPLES, INTERPRETED, binary, codebook, example, ternary, uniform
 
 ROOT = Path(__file__).parents[2]
 # Of the suite's cases; an interpreted product takes a tenth of a second.
 CASES = (
     "2bit-g128-41x401 or 2bit-g64-19x203 or 2bit-g100 or 3bit-g64-19x203 or 3bit-g0-3x17 or 4bit-g64-19x203 or "
-    "8bit-g0-3x17 or 2bit-weight-blocks or 3bit-rows or 1plane or odd or ternary-rows or 2bit-scales8 or outlier-2bit "
+    "8bit-g0-3x17 or 2bit-weight-blocks or 3bit-rows or 4bit-weight-blocks or 1plane or odd or ternary-rows or tiny or "
+    "2bit-scales8 or outlier-2bit "
     "or (identity and slab and (groups or 2planes or twice or scales8 or none or all or tiny or longer or spanned))"
 )
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_interpreter, in a process of its own")
@@ -48,6 +49,9 @@ def test_under_the_interpreter():
     for case in (
         "fused_triton-uniform-3bit-g64-19x203-zero-codes",
         "fused_triton-binary-1plane",
+        "fused_triton-codebook-4bit-weight-blocks",
+        "fused_triton-ternary-rows",
+        "fused_triton-salient-odd",
         "slab_triton-salient-odd",
         "slab_triton-outlier-2bit",
     ):
@@ -107,6 +111,33 @@ def test_every_tiling_gives_the_gradient(config, num_rows):
 
 
 @interpreted
+@pytest.mark.parametrize(
+    "packed",
+    [
+        uniform(21, 576, 2, 48, torch.float16),
+        uniform(21, 427, 2, 100, "codes"),
+        replace(ternary(21, 576, 64), scale=torch.rand(21, 9).half()),
+        replace(ternary(21, 41, 20), scale=torch.rand(21, 3).half()),
+        codebook(21, 600, 2, (21,)),
+        codebook(21, 576, 4, (), 0, 64),
+        codebook(21, 576, 4, (21, 9), 64),
+    ],
+    ids=["g48", "g100", "trits", "trits in odd bytes", "levels of rows", "levels in blocks", "levels of groups"],
+)
+def test_groups_that_tiles_cut_and_levels_give_the_product_and_the_gradient(packed):
+    from lrec.kernels.gpu.fused import product
+    from lrec.kernels.gpu.gradient import gradient
+
+    w_NK = packed.unpack().double()
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.randn(3, packed.shape[1]).to(dtype)
+        assert_close(product(x, packed), x.double() @ w_NK.t(), TOLERANCE[dtype], str(dtype))
+    if tiling.refuses(packed.spec(), True) is None:
+        dy = torch.randn(3, packed.shape[0]).half()
+        assert_close(gradient(dy, packed), dy.double() @ w_NK, TOLERANCE[torch.float16], "dy W")
+
+
+@interpreted
 def test_gradients_of_any_size_keep_their_precision():
     from lrec.kernels.gpu.gradient import gradient
 
@@ -129,7 +160,7 @@ def test_gradients_of_any_size_keep_their_precision():
 
 @interpreted
 def test_scales_that_change_in_place_are_looked_at_again():
-    from lrec.kernels.gpu.gradient import scale_up
+    from lrec.kernels.gpu.terms import scale_up
 
     scale = torch.tensor([[0.5, 3.0]], dtype=torch.float16)
     assert scale_up(scale).item() == 2.0**12  # 3 * 2^12 is the power below 2^14
@@ -166,7 +197,7 @@ def test_fields_are_codes_at_their_bits():
     for bits, F in tiling.FIELDS.items():
         assert len(places(bits)) == F
         assert all(p + bits <= 10 for p in places(bits)), "beyond ten bits a half is no subnormal"
-        assert factors(bits, torch.device("cpu")).tolist() == [2.0**-p for p in places(bits)]
+        assert factors(bits, False, torch.device("cpu")).tolist() == [2.0**-p for p in places(bits)]
 
 
 @interpreted
@@ -248,7 +279,15 @@ def test_without_a_gpu_both_refuse_in_words(monkeypatch):
         assert "indexed" in kernel.refuses(Call("cuda", torch.bfloat16, 1), {"format": "indexed"})
     fine = binary(64, 256, 2, 64).spec()  # scales in float32
     assert "half precision" in FusedTriton.refuses(Call("cuda", torch.bfloat16, 1, True), fine)
-    odd = uniform(64, 576, 2, 48, None).spec()
-    assert "groups of 48" in FusedTriton.refuses(Call("cuda", torch.bfloat16, 1), odd)
+    many = uniform(64, 576, 3, 16, None).spec()
+    assert "groups of 16" in FusedTriton.refuses(Call("cuda", torch.bfloat16, 1), many)
+    for packed, reason in (
+        (example("codebook", "2bit-weight-blocks"), "cross rows"),
+        (example("codebook", "2bit-groups-of-100-blocks-of-48"), "tables of 100"),
+        (example("outlier", "2bit"), "not outlier"),
+    ):
+        assert reason in FusedTriton.refuses(Call("cuda", torch.bfloat16, 1), packed.spec())
+    for case in (example("codebook", "3bit-rows"), example("salient", "odd")):
+        assert "no fused kernel" in FusedTriton.refuses(Call("cuda", torch.bfloat16, 1, True), case.spec())
     monkeypatch.setattr(gpu, "_installed", lambda: False)
     assert "pip install" in SlabTriton.refuses(Call("cuda", torch.bfloat16, 1), packed.spec())

@@ -12,16 +12,29 @@ from lrec.formats import pack_codes
 
 pytest.importorskip("triton", reason="triton is not installed: there is no assembly")
 
-from lrec.kernels.gpu import fields
-from lrec.kernels.gpu.tiling import FIELDS
+from lrec.kernels.gpu import fields, levels
+from lrec.kernels.gpu.tiling import FIELDS, TRIT_BITS, Weight
 
 MASK = 0xFFFFFFFF
 
 
 def permute(a, b, selector):
-    """PTX prmt.b32: byte i of the result is the byte that nibble i names of the eight of (b, a)."""
-    both = a | b << 32
-    return sum((both >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i for i in range(4))
+    """PTX prmt.b32: byte i of the result is the byte that nibble i names of the eight of (b, a), or its sign."""
+    result = 0
+    for i in range(4):
+        nibble = selector >> 4 * i & 15
+        byte = (a | b << 32) >> 8 * (nibble & 7) & 0xFF
+        result |= (byte if nibble < 8 else 0xFF * (byte >> 7)) << 8 * i
+    return result
+
+
+def lop3(a, b, c, table):
+    """PTX lop3.b32: each bit is looked up in the table by those of a, b and c."""
+    found = 0
+    for i in range(8):
+        if table >> i & 1:
+            found |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+    return found & MASK
 
 
 OPERATIONS = {
@@ -29,7 +42,11 @@ OPERATIONS = {
     "shl.b32": lambda a, n: a << n & MASK,
     "and.b32": lambda a, b: a & b,
     "prmt.b32": permute,
-    "lop3.b32": lambda a, b, c, table: (a & b) | c if table == 0xEA else pytest.fail("another table"),
+    "lop3.b32": lop3,
+    "shf.r.wrap.b32": lambda low, high, n: (low | high << 32) >> (n & 31) & MASK,
+    "mul.lo.u32": lambda a, b: a * b & MASK,
+    "mad.lo.u32": lambda a, b, c: a * b + c & MASK,
+    "add.u32": lambda a, b: a + b & MASK,
 }
 
 
@@ -75,3 +92,47 @@ def test_fields_of_two_runs_are_their_codes(half):
         for j, output in enumerate(run(assembly, fields.REGISTERS_3.value, inputs)):
             up = 2 ** fields.places(3)[j]
             assert halves(output) == [int(codes[r, 16 * half + j]) * up for r in range(2)], f"field {j}"
+
+
+def test_fields_of_bytes_are_their_trits():
+    assembly, registers = fields.ASSEMBLY_TRITS.value, fields.REGISTERS_TRITS.value
+    for byte in range(243):
+        held = [byte, (byte * 7 + 1) % 243, 242 - byte, (byte + 121) % 243]
+        outputs = run(assembly, registers, [sum(b << 8 * i for i, b in enumerate(held))])
+        digits = [b // 3**d % 3 for b in held for d in range(5)]  # those of two words of two bytes
+        weight = Weight("ternary", (1, 20), TRIT_BITS, 1, 20)
+        for j, (first, second) in enumerate(fields.pairs(weight)):
+            up = 2 ** fields.places(TRIT_BITS)[j]
+            assert halves(outputs[j]) == [digits[first] * up, digits[second] * up], f"byte {byte}, field {j}"
+
+
+def planes_of(table):
+    """The registers that `levels.planes_of` makes of a table of halves, each as both elements have it."""
+    bits = table.view(torch.int16).tolist()
+    found = []
+    for shift in (0, 8):
+        for start in range(0, len(bits), 4):
+            value = sum((bits[start + r] >> shift & 0xFF) << 8 * r for r in range(4))
+            found += [value, value]
+    return found
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_fields_of_codes_are_their_levels(bits):
+    parts = [levels.LEVELS_3A, levels.LEVELS_3B, levels.LEVELS_3C, levels.LEVELS_3D]
+    assemblies = parts if bits == 3 else [getattr(levels, f"LEVELS_{bits}")]
+    registers = getattr(levels, f"LEVEL_REGISTERS_{bits}").value
+    for _ in range(20):
+        table = torch.randn(2**bits).half()
+        codes = torch.randint(0, 2**bits, (64 if bits == 3 else 32 // bits,))
+        words = pack_codes(codes, bits).tolist()
+        outputs = []
+        for chunk, assembly in enumerate(assemblies):
+            if bits == 3:  # low and high word of either run
+                inputs = [words[3 * run + i] for i in (max(0, chunk - 1), min(chunk, 2)) for run in (0, 1)]
+            else:
+                inputs = words[:1]
+            outputs += run(assembly.value, registers, [*inputs, *planes_of(table)])
+        for j, pair in enumerate(levels.PAIRS[bits]):
+            expected = [float(table[codes[k]]) * 2**24 for k in pair]
+            assert halves(outputs[j]) == expected, f"field {j}"

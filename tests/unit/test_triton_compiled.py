@@ -6,7 +6,7 @@ The host code runs as it is; where it would launch a kernel, the kernel is compi
 import os
 import re
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -22,12 +22,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from lrec.kernels.gpu import decode, fused, gradient, outliers, tiling  # noqa: E402
+from lrec.kernels.gpu import decode, fused, gradient, outliers, staging, terms, tiling  # noqa: E402
 
 CAPABILITIES = (80, 89, 90, 120)
 TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
-    torch.int16: "*i16", torch.int32: "*i32", torch.uint8: "*u8",
+    torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.uint8: "*u8",
 }  # fmt: skip
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)([^;]*);")
@@ -44,9 +44,9 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append((args, kwargs))
 
 
-def compiled(recorder, capability):
-    """The cubin of a recorder's only launch."""
-    ((args, kwargs),) = recorder.launches
+def compiled(recorder, capability, launch=0):
+    """The kernel of one of a recorder's launches."""
+    args, kwargs = recorder.launches[launch]
     kernel = recorder.kernel
     options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
@@ -54,7 +54,7 @@ def compiled(recorder, capability):
     for i, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         special = not parameter.do_not_specialize
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and special):
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and special):
             signature[parameter.name], constants[i,] = "constexpr", value
         elif isinstance(value, tuple):
             signature[parameter.name] = ("i32",) * len(value)
@@ -94,45 +94,58 @@ def weight(name):
         return binary(N, K, 2, 128, torch.float16)
     if name == "codebook":
         return codebook(N, K, 4, (), 0, 64)
+    if name.startswith("levels"):
+        bits, whose = int(name[6]), name[8:]
+        table = {"one": (), "row": (N,), "group": (N, K // 256)}[whose]
+        return codebook(N, K, bits, table, 256 if whose == "group" else 0, 0, False, torch.float16)
     if name == "salient":
         return salient(N, K)
     if name == "outlier":
         return outlier(N, K, 2)
     if name == "ternary":
-        return ternary(N, K, 128)
+        made = ternary(N, 1280, 128)
+        return replace(made, scale=made.scale.half())
     bits, zero = name.split("bit-")
     return uniform(N, K, int(bits), 128, {"float": torch.float16, "codes": "codes", "none": None}[zero])
 
 
 def launched(monkeypatch, name, num_rows, transpose=False):
-    """Recorders of the fused kernels of a product, or gradient, of so many rows; and its Config."""
-    module, names = (gradient, ("stage_rows", "multiply_back")) if transpose else (fused, ("stage", "multiply"))
-    kernels = {kernel: Recorder(getattr(module, kernel)) for kernel in (*names, "add_up")}
+    """Recorders of the fused kernels of a product, or gradient, of so many rows; and the Config of its last part."""
+    places = {"stage_rows": gradient, "multiply_back": gradient, "add_up": gradient}
+    if not transpose:
+        places = {"stage": staging, "multiply": fused, "add_up": fused}
+    kernels = {kernel: Recorder(getattr(module, kernel)) for kernel, module in places.items()}
     for kernel, recorder in kernels.items():
-        monkeypatch.setattr(module, kernel, recorder)
+        monkeypatch.setattr(places[kernel], kernel, recorder)
     packed = weight(name)
     x = torch.zeros(num_rows, packed.shape[0 if transpose else 1], dtype=torch.bfloat16)
     if transpose:
         config = tiling.default_gradient(tiling.Weight.of(packed), num_rows)
         gradient.gradient(x, packed, config)
     else:
-        config = tiling.default(tiling.Weight.of(packed), num_rows)
-        fused.product(x, packed, config)
+        config = tiling.default(terms.terms(packed)[-1].weight, num_rows)
+        fused.product(x, packed)
     return kernels, config
 
 
 # Instructions a weight in the inner loop, the product of one row of x. The probes (shared reference, section 0): 1.22
 # for two bits with neither zeros nor a scale for each group of 128, 2.9 for two planes; the bar is 1.3 times those.
-LIMITS = {"2bit-float": 1.45, "2bit-codes": 1.6, "3bit-float": 1.6, "4bit-float": 1.45, "8bit-none": 2.2, "binary": 2.4}
+# Levels had none; at 4.25 bits a weight an H200's memory allows four instructions, at 1.7 bits of trits 1.7.
+LIMITS = {
+    "2bit-float": 1.45, "2bit-codes": 1.6, "3bit-float": 1.6, "4bit-float": 1.45, "8bit-none": 2.2, "binary": 2.4,
+    "levels2-row": 2.0, "levels3-row": 5.0, "levels4-one": 3.5, "levels4-group": 4.7, "codebook": 3.8,
+    "ternary": 2.8, "salient": 1.5,
+}  # fmt: skip
 
 
 def counted_per_weight(recorder, config, name, tmp_path):
     """Instructions a weight in the loop of a kernel for sm_90, which must use tensor cores and spill nothing."""
-    listing, stack = sass(compiled(recorder, 90).asm["cubin"], tmp_path / "cubin")
+    listing, stack = sass(compiled(recorder, 90, -1).asm["cubin"], tmp_path / "cubin")
     opcodes = [op for _, op, _ in listing]
     assert any(op.startswith(("HMMA", "HGMMA")) for op in opcodes), "no tensor-core instruction"
     assert stack == 0 and not any(op.startswith(("LDL", "STL")) for op in opcodes), "registers spill"
-    return len(loop(listing)) * 32 * config.num_warps / (config.BN * tiling.Weight.of(weight(name)).fields * config.KP)
+    fields = terms.terms(weight(name))[-1].weight.fields
+    return len(loop(listing)) * 32 * config.num_warps / (config.BN * fields * config.KP)
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -146,6 +159,7 @@ def test_one_row_runs_on_tensor_cores_without_spills(monkeypatch, tmp_path, name
 # The same for gradients, which turn tiles around on the way and hold more accumulators; the probes had 3.3 to 4.3.
 GRADIENT_LIMITS = {
     "2bit-float": 2.6, "2bit-codes": 2.8, "3bit-float": 3.0, "4bit-float": 3.0, "8bit-none": 3.8, "binary": 4.3,
+    "ternary": 4.3,
 }  # fmt: skip
 
 
@@ -160,7 +174,10 @@ def test_gradients_run_on_tensor_cores_without_spills(monkeypatch, tmp_path, nam
 
 @pytest.mark.parametrize(
     ("name", "num_rows"),
-    [("2bit-float", 8), ("2bit-float", 16), ("3bit-float", 16), ("4bit-float", 64), ("binary", 16)],
+    [
+        *(("2bit-float", 8), ("2bit-float", 16), ("3bit-float", 16), ("4bit-float", 64), ("binary", 16)),
+        *(("levels2-row", 16), ("codebook", 16), ("ternary", 16), ("salient", 16)),
+    ],
 )
 def test_more_rows_do_not_spill(monkeypatch, tmp_path, name, num_rows):
     kernels, _ = launched(monkeypatch, name, num_rows)
@@ -170,10 +187,14 @@ def test_more_rows_do_not_spill(monkeypatch, tmp_path, name, num_rows):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("kernel", ["stage", "multiply", "add_up", "stage_rows", "multiply_back"])
-def test_the_fused_product_compiles(monkeypatch, kernel, capability):
-    kernels, _ = launched(monkeypatch, "2bit-codes", 4, transpose=kernel in ("stage_rows", "multiply_back"))
-    result = compiled(kernels[kernel], capability)
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [(kernel, "2bit-codes") for kernel in ("stage", "multiply", "add_up", "stage_rows", "multiply_back")]
+    + [("multiply", name) for name in ("codebook", "levels3-row", "ternary")] + [("stage", "salient")],
+)  # fmt: skip
+def test_the_fused_product_compiles(monkeypatch, kernel, name, capability):
+    kernels, _ = launched(monkeypatch, name, 4, transpose=kernel in ("stage_rows", "multiply_back"))
+    result = compiled(kernels[kernel], capability, -1)
     assert result.asm["cubin"][:4] == b"\x7fELF"
     on_tensor_cores = "mma.sync" in result.asm["ptx"] or "wgmma" in result.asm["ptx"]
     assert on_tensor_cores == kernel.startswith("multiply")

@@ -28,11 +28,14 @@ ONE_GROUP = 2**30
 
 @triton.jit
 def zero_at(zero, n, g, G, words, inside, BITS: tl.constexpr, KIND: tl.constexpr):
-    """The zero of row n and group g in float32; KIND says how zeros are stored: none, codes or float."""
+    """The zero of row n and group g in float32; KIND says how zeros are stored: none,
+    codes or float; or trits, which count from 0 where their zero is 1."""
     if KIND == "codes":
         return code_at(zero + g * words, n, inside, BITS).to(tl.float32)
     elif KIND == "float":
         return tl.load(zero + n * G + g, inside, 0).to(tl.float32)
+    elif KIND == "trits":
+        return 1.0
     else:
         return 2.0 ** (BITS - 1)
 

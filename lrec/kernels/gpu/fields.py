@@ -9,6 +9,9 @@ q * 2^(p - 24), which tensor cores multiply exactly; x carries the factor 2^-p o
 Ten bits of mantissa leave room for several fields before the word must be shifted. Words are halves of the stored
 int32 words, and two go in one register; three-bit codes cross them, so there a word is a run of three int32 words.
 
+Five trits in a byte are no fields of bits. Brought from units of 3^-5 to those of 2^-8, a byte times 3 has its first
+trit at bit 8, and below it the byte that gives the next: an addition and two masks for a trit of each of two bytes.
+
 `cut` and `cut3` are inline assembly; `field` and `field3` give the same in plain Triton, for the interpreter.
 Other makers' matrix units may flush subnormal halves to zero, so the product is for NVIDIA's tensor cores alone.
 """
@@ -20,7 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrec.kernels.gpu.tiling import FIELDS
+from lrec.formats.ternary import TRITS
+from lrec.kernels.gpu.levels import PAIRS
+from lrec.kernels.gpu.tiling import FIELDS, TRIT_BITS, Weight
 
 MANTISSA = 10
 # The bit at which each of the sixteen three-bit codes of 48 bits is left; see `_assembly3`.
@@ -29,16 +34,35 @@ PLACES3 = (0, 3, 6, 0, 3, 6, 2, 5, 0, 3, 6, 1, 4, 7, 0, 3)
 
 def places(bits: int) -> list[int]:
     """The bit p at which field j of a word is left, for each j."""
+    if bits == TRIT_BITS:
+        return [8] * FIELDS[bits]
     if bits == 3:
         return [*PLACES3, *PLACES3]
     unshifted = MANTISSA // bits
     return [j % unshifted * bits for j in range(FIELDS[bits])]
 
 
+def pairs(weight: Weight) -> list[tuple[int, int]]:
+    """For each field, which codes of two words its entries are that stand in the first word and in the second."""
+    F = weight.fields
+    if weight.levels:
+        return list(PAIRS[weight.bits])
+    if weight.bits == TRIT_BITS:  # the last trit of a byte comes out first
+        return [(k, F + k) for byte in range(0, F, TRITS) for k in reversed(range(byte, byte + TRITS))]
+    return [(k, F + k) for k in range(F)]
+
+
 @lru_cache
-def factors(bits: int, device: torch.device) -> Tensor:
-    """float32 (F,): what x carries for each field, 2^-p."""
-    return 2.0 ** -torch.tensor(places(bits), dtype=torch.float32, device=device)
+def factors(bits: float, levels: bool, device: torch.device) -> Tensor:
+    """float32 (F,): what x carries for each field, 2^-p; levels are no subnormals, and 1 serves."""
+    p = torch.tensor([0] * FIELDS[bits] if levels else places(bits), dtype=torch.float32, device=device)
+    return 2.0**-p
+
+
+@lru_cache
+def order(weight: Weight, device: torch.device) -> Tensor:
+    """int32 (2 F,): `pairs`, one after the other."""
+    return torch.tensor(pairs(weight), dtype=torch.int32, device=device).flatten()
 
 
 def _assembly(bits: int) -> str:
@@ -70,18 +94,37 @@ def _assembly3(first: bool) -> str:
     return "{ .reg .b32 h0, h1, h2, a, b, c, d, e, t; " + " ".join(lines) + " }"
 
 
+def _assembly_trits() -> str:
+    """PTX: the trits of the four bytes in the register after the outputs, those of two bytes at a time."""
+    lines = []
+    for byte, source in ((0, "and.b32 b, $10, 0x00ff00ff;"), (5, "prmt.b32 b, $10, 0, 0x4341;")):
+        # ceil(b 256 / 243), by trial of all 243 bytes.
+        lines += [source, "mad.lo.u32 t, b, 110, 0x07d807d8;", "shr.b32 t, t, 11;", "and.b32 t, t, 0x000f000f;"]
+        lines.append("add.u32 b, b, t;")
+        for j in range(TRITS):
+            lines += ["mul.lo.u32 t, b, 3;", f"and.b32 ${byte + j}, t, 0x03000300;"]
+            lines += ["and.b32 b, t, 0x00ff00ff;"] if j < TRITS - 1 else []
+    return "{ .reg .b32 b, t; " + " ".join(lines) + " }"
+
+
+ASSEMBLY_TRITS = tl.constexpr(_assembly_trits())
+REGISTERS_TRITS = tl.constexpr(",".join(["=r"] * 10 + ["r"]))
+TRIT_BITS_ = tl.constexpr(TRIT_BITS)
 ASSEMBLY_1, ASSEMBLY_2, ASSEMBLY_4, ASSEMBLY_8 = (tl.constexpr(_assembly(bits)) for bits in (1, 2, 4, 8))
 ASSEMBLY_3A, ASSEMBLY_3B = tl.constexpr(_assembly3(True)), tl.constexpr(_assembly3(False))
 REGISTERS_1, REGISTERS_2, REGISTERS_4, REGISTERS_8 = (
     tl.constexpr(",".join(["=r"] * FIELDS[bits] + ["r"])) for bits in (1, 2, 4, 8)
 )
+PLACES3_ = tl.constexpr(PLACES3)
 REGISTERS_3 = tl.constexpr(",".join(["=r"] * 16 + ["r"] * 4))
 
 
 @triton.jit
 def cut(words, BITS: tl.constexpr):
     """The float16 fields of int16 words, by inline assembly: a tuple."""
-    if BITS == 1:
+    if BITS == TRIT_BITS_:
+        return tl.inline_asm_elementwise(ASSEMBLY_TRITS, REGISTERS_TRITS, [words], (tl.float16,) * 10, True, 2)
+    elif BITS == 1:
         return tl.inline_asm_elementwise(ASSEMBLY_1, REGISTERS_1, [words], (tl.float16,) * 16, True, 2)
     elif BITS == 2:
         return tl.inline_asm_elementwise(ASSEMBLY_2, REGISTERS_2, [words], (tl.float16,) * 8, True, 2)
@@ -103,6 +146,10 @@ def cut3(w0, w1, FIRST: tl.constexpr):
 @triton.jit
 def field(words, j: tl.constexpr, BITS: tl.constexpr):
     """Field j of int16 words, as `cut` has it."""
+    if BITS == TRIT_BITS_:
+        byte = (words.to(tl.int32) >> (8 * (j // 5))) & 255
+        trit = byte // 3 ** (4 - j % 5) % 3
+        return (trit << 8).to(tl.int16).to(tl.float16, bitcast=True)
     UNSHIFTED: tl.constexpr = 10 // BITS
     shifted = words if j < UNSHIFTED else words >> UNSHIFTED * BITS
     return (shifted & (((1 << BITS) - 1) << (j % UNSHIFTED * BITS))).to(tl.int16).to(tl.float16, bitcast=True)
@@ -122,3 +169,20 @@ def field3(w0, w1, w2, j: tl.constexpr, PLACE: tl.constexpr):
     if SHIFT > 29:
         code = code | (high << (32 - SHIFT))
     return ((code & 7) << PLACE).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def fields_of(words, BITS: tl.constexpr, F: tl.constexpr, ASM: tl.constexpr):
+    """The F float16 fields of words, one tensor of them or, for three-bit codes, three: a tuple."""
+    if not ASM:
+        found = ()
+        for j in tl.static_range(F):
+            if BITS == 3:
+                found += (field3(words[0], words[1], words[2], j, PLACES3_[j % 16]),)
+            else:
+                found += (field(words[0], j, BITS),)
+    elif BITS == 3:
+        found = cut3(words[0], words[1], True) + cut3(words[1], words[2], False)
+    else:
+        found = cut(words[0], BITS)
+    return found

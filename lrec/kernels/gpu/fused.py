@@ -1,14 +1,12 @@
-"""x W^T for few rows of x, from the packed weight: nothing of size N*K exists. Uniform and binary-coded weights.
+"""x W^T for few rows of x, from the packed weight: nothing of size N*K exists.
 
     y[m, n] = sum_g scale[n, g] * (sum_{k in g} q[n, k] x[m, k] - zero[n, g] * sum_{k in g} x[m, k])
 
 Tensor cores sum q x over a tile of columns (`fields` says how); the scale and zero of a group then meet the accumulator
-once, not each weight. `stage` prepares x for it: half-precision slices in the order of the fields, each tile and row
-scaled by a power of two to use the half's whole range, and the sum of x over each group. Where a tile spans several
-groups, each row of x stands in as many columns of the product, zero outside of its group; up to eight columns cost a
-tensor core the same as one.
+once, not each weight. Codes of a codebook become its levels on the way (`levels`). `staging` prepares x for it.
 
 The sum over K is split over programs that write partial sums, and `add_up` adds these in one order: two runs are equal.
+The two parts of a salient weight (`terms`) are partial sums too.
 """
 
 import torch
@@ -16,87 +14,67 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrec.formats.binary import Binary
-from lrec.formats.uniform import Uniform
+from lrec.formats import Packed
 from lrec.kernels import gpu
-from lrec.kernels.gpu.decode import ONE_GROUP, scales_and_zeros, zero_at
-from lrec.kernels.gpu.fields import PLACES3, cut, cut3, factors, field, field3
-from lrec.kernels.gpu.tiling import Config, Tiling, Weight
-
-PLACES3_ = tl.constexpr(PLACES3)
-
-
-@triton.jit(do_not_specialize=["M"])
-def stage(
-    x, staged, factors, group_sums, tile_scales, M, K, stride_m, stride_k,
-    F: tl.constexpr, KP: tl.constexpr, GT: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """One tile of columns of one block of rows: see the module. Column c of the product is row c % BM, group c // BM.
-
-    staged (blocks, tiles, F, KP, GT * BM) half; factors (F,); group_sums (blocks, tiles, GT * BM); tile_scales
-    (blocks, tiles, BM), each 2^24 over the power of two.
-    """
-    BK: tl.constexpr = F * KP
-    PER: tl.constexpr = BK // GT
-    t, block = tl.program_id(0), tl.program_id(1)
-    at = block * tl.num_programs(0) + t
-    m, k = block * BM + tl.arange(0, BM)[None, :], tl.arange(0, BK)[:, None]
-    inside = (m < M) & (t * BK + k < K)
-    values = tl.load(x + m * stride_m + (t * BK + k) * stride_k, inside, 0).to(tl.float32)
-    biased = (tl.max(tl.abs(values), 0).to(tl.int32, bitcast=True) >> 23) & 255
-    up = tl.maximum(tl.minimum(268 - biased, 227), 27)  # largest |x| goes to [2^14, 2^15)
-    tl.store(tile_scales + at * BM + tl.arange(0, BM), ((278 - up) << 23).to(tl.float32, bitcast=True))
-    scaled = values * (up << 23).to(tl.float32, bitcast=True)[None, :] * tl.load(factors + k % F)
-    place = staged + at * BK * GT * BM + ((k % F) * KP + k // F) * GT * BM + tl.arange(0, BM)[None, :]
-    for a in tl.static_range(GT):
-        mine = k // PER == a
-        sums = tl.sum(tl.where(mine, values, 0), 0)
-        tl.store(group_sums + (at * GT + a) * BM + tl.arange(0, BM), sums)
-        tl.store(place + a * BM, tl.where(mine, scaled, 0).to(tl.float16))
+from lrec.kernels.gpu import tuning
+from lrec.kernels.gpu.decode import zero_at
+from lrec.kernels.gpu.fields import fields_of, order
+from lrec.kernels.gpu.levels import level, look_up, planes_of
+from lrec.kernels.gpu.staging import groups_of, staged
+from lrec.kernels.gpu.terms import Term, arguments, terms
+from lrec.kernels.gpu.tiling import Config, Tiling
 
 
 @triton.jit
-def products(words, xs, t, row_words, C: tl.constexpr, BITS: tl.constexpr, F: tl.constexpr, KP: tl.constexpr,
-             EVEN: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
-    """float32 (BN, C): sum over tile t of codes times staged x, short of the factor 2^24."""
+def loaded(row, i, stride, BITS: tl.constexpr, EVEN: tl.constexpr):
+    """Words i of rows of `stride` numbers that begin at `row`: a tuple of one tensor, for three-bit codes of three.
+    Rows of an odd number of bytes are read by bytes."""
+    if row.dtype.element_ty == tl.uint8:
+        low, high = tl.load(row + 2 * i, 2 * i < stride, 0), tl.load(row + 2 * i + 1, 2 * i + 1 < stride, 0)
+        words = (low.to(tl.int16) | (high.to(tl.int16) << 8),)
+    elif BITS == 3:
+        inside = None if EVEN else 3 * i < stride
+        words = (tl.load(row + 3 * i, inside), tl.load(row + 3 * i + 1, inside), tl.load(row + 3 * i + 2, inside))
+    else:
+        words = (tl.load(row + i, None if EVEN else i < stride),)
+    return words
+
+
+@triton.jit
+def products(row, xs, t, stride, order, table, up, planes, C: tl.constexpr, BITS: tl.constexpr, F: tl.constexpr,
+             KP: tl.constexpr, EVEN: tl.constexpr, LEVELS: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """float32 (BN, C): sum over tile t of codes, or levels, times staged x."""
     i = t * KP + tl.arange(0, KP)[None, :]
     # What is read beyond a row meets columns of x that are zero, and is finite.
-    inside = None if EVEN else i < row_words
     x = xs + tl.arange(0, KP)[:, None] * C + tl.arange(0, C)[None, :]
-    acc = tl.zeros((words.shape[0], C), tl.float32)
-    if BITS == 3:
-        w0 = tl.load(words + 3 * i, inside)
-        w1 = tl.load(words + 3 * i + 1, inside)
-        w2 = tl.load(words + 3 * i + 2, inside)
-        if ASM:
-            first, last = cut3(w0, w1, True), cut3(w1, w2, False)
-        for j in tl.static_range(32):
-            if not ASM:
-                f = field3(w0, w1, w2, j, PLACES3_[j % 16])
-            elif j < 16:
-                f = first[j]
-            else:
-                f = last[j - 16]
-            acc = tl.dot(f, tl.load(x + j * KP * C), acc)
-    else:
-        q = tl.load(words + i, inside)
-        if ASM:
-            all_fields = cut(q, BITS)
-        for j in tl.static_range(F):
-            f = all_fields[j] if ASM else field(q, j, BITS)
-            acc = tl.dot(f, tl.load(x + j * KP * C), acc)
+    acc = tl.zeros((row.shape[0], C), tl.float32)
+    if LEVELS == "":
+        fields = fields_of(loaded(row, i, stride, BITS, EVEN), BITS, F, ASM)
+    elif ASM:
+        fields = look_up(loaded(row, i, stride, BITS, EVEN), planes, BITS)
+    for j in tl.static_range(F):
+        if LEVELS == "" or ASM:
+            f = fields[j]
+        else:
+            k = i // 2 * (2 * F) + tl.load(order + 2 * j + i % 2)
+            f = level(row, k, k // 32 * BITS < stride, table, up, BITS)
+        acc = tl.dot(f, tl.load(x + j * KP * C), acc)
     return acc
 
 
 @triton.jit(do_not_specialize=["M", "tiles", "per_split"])
 def multiply(
-    out, staged, group_sums, tile_scales, qweight, scale, zero, M, N, row_words, G, zero_words, tiles, per_split,
+    out, staged, group_sums, tile_scales, order, qweight, scale, zero, table, table_up,
+    M, N, stride, G, zero_words, tables, tiles, per_split,
     BITS: tl.constexpr, F: tl.constexpr, KP: tl.constexpr, GT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    GROUP: tl.constexpr, ZERO: tl.constexpr, PLANES: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, PLANES: tl.constexpr, LEVELS: tl.constexpr, TABLE: tl.constexpr,
+    UNIT: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Rows n of W times a block of rows of x over one split of the tiles: float32 out (splits, M, N).
 
-    ZERO is none, codes or float for uniform weights; offset for binary ones, whose `scale` is alpha.
+    ZERO is none, codes or float for uniform weights; offset for binary ones, whose `scale` is alpha; trits; levels.
+    LEVELS says whose the table of levels is: of one, of each row, or of a group of TABLE columns, `tables` a row; ""
+    has none. A row of W has `stride` * UNIT words.
     """
     C: tl.constexpr = GT * BM
     BK: tl.constexpr = F * KP
@@ -104,22 +82,41 @@ def multiply(
     row = tl.minimum(n, N - 1)[:, None]
     c = tl.arange(0, C)[None, :]
     acc = tl.zeros((BN, C), tl.float32)
+    stride *= UNIT
+    up, planes = 1.0, ()
+    if LEVELS != "":
+        up = tl.load(table_up)
+        table += row * 0
+        if LEVELS == "row":
+            table += row << BITS
+        if ASM and LEVELS != "group":
+            planes = planes_of(table, up, BITS)
     for t in range(split * per_split, tl.minimum(tiles, (split + 1) * per_split)):
         at = block * tiles + t
         sums = tl.load(group_sums + at * C + c)
-        up = tl.load(tile_scales + at * BM + c % BM)
-        g = t * BK // GROUP if GT == 1 else tl.minimum(t * GT + c // BM, G - 1)
+        times = tl.load(tile_scales + at * BM + c % BM)
+        g = groups_of(t, c // BM, G, GT, BK, GROUP)
         grouped = (row < N) & (g < G)
+        if LEVELS == "group":
+            levels = table + ((row * tables + t * BK // TABLE) << BITS)
+            mine = planes_of(levels, up, BITS) if ASM else planes
+        else:
+            levels, mine = table, planes
         if ZERO == "offset":
             acc += tl.load(zero + row * G + g).to(tl.float32) * sums
         for p in tl.static_range(PLANES):
-            words = qweight + (row * PLANES + p) * row_words * (3 if BITS == 3 else 1)
-            xq = products(words, staged + at * BK * C, t, row_words, C, BITS, F, KP, EVEN, ASM) * up
-            scales = tl.load(scale + (row * G + g) * PLANES + p).to(tl.float32)
-            if ZERO == "offset":
-                acc += 2 * scales * (xq - 0.5 * sums)
+            words = qweight + (row * PLANES + p) * stride
+            xs = staged + at * BK * C
+            xq = products(words, xs, t, stride, order, levels, up, mine, C, BITS, F, KP, EVEN, LEVELS, ASM) * times
+            if ZERO == "levels":
+                xq *= 2.0**-24 / up
+                acc += xq if scale is None else xq * tl.load(scale + row * G + g).to(tl.float32)
             else:
-                acc += scales * (xq - zero_at(zero, row, g, G, zero_words, grouped, BITS, ZERO) * sums)
+                scales = tl.load(scale + (row * G + g) * PLANES + p).to(tl.float32)
+                if ZERO == "offset":
+                    acc += 2 * scales * (xq - 0.5 * sums)
+                else:
+                    acc += scales * (xq - zero_at(zero, row, g, G, zero_words, grouped, BITS, ZERO) * sums)
     y = tl.sum(tl.reshape(acc, (BN, GT, BM)), 1)
     m = block * BM + tl.arange(0, BM)[None, :]
     place = out + (split * M + m) * N + n[:, None]
@@ -136,43 +133,37 @@ def add_up(partial, out, size, splits, BLOCK: tl.constexpr):
     tl.store(out + i, total.to(out.dtype.element_ty), i < size)
 
 
-def product(x_TK: Tensor, packed: Uniform | Binary, config: Config) -> Tensor:
-    """x W^T (T, N) in x's dtype, half or bfloat16, for a weight whose groups `tiling.refuses` does not refuse."""
-    (N, K), T = packed.shape, x_TK.shape[0]
-    weight = Weight.of(packed)
-    shape = Tiling.of(weight, T, config)
-    x_blocks = (-(-T // shape.BM), shape.tiles, shape.GT * shape.BM)
-    staged = x_TK.new_empty(*x_blocks, shape.BK, dtype=torch.float16)
-    group_sums = x_TK.new_empty(x_blocks, dtype=torch.float32)
-    tile_scales = x_TK.new_empty(*x_blocks[:2], shape.BM, dtype=torch.float32)
-    sizes = {"F": weight.fields, "KP": config.KP, "GT": shape.GT, "BM": shape.BM}
-    held = (staged, factors(weight.bits, x_TK.device), group_sums, tile_scales)
-    stage[(shape.tiles, x_blocks[0])](x_TK, *held, T, K, *x_TK.stride(), **sizes)
-
+def product(x_TK: Tensor, packed: Packed, config: Config | None = None) -> Tensor:
+    """x W^T (T, N) in x's dtype, half or bfloat16, for a weight that `tiling.refuses` does not refuse. `config` is that
+    of a weight of one term; the fastest that is known serves if it is None."""
+    N, T = packed.shape[0], x_TK.shape[0]
+    parts = [(term, config or tuning.config(term.weight, T)) for term in terms(packed)]
+    splits = [_splits(term, T, config) for term, config in parts]
     y = x_TK.new_empty(T, N, dtype=gpu.stored(x_TK.dtype))
-    per_split = -(-shape.tiles // config.splits)
-    splits = -(-shape.tiles // per_split)
-    out = y if splits == 1 else x_TK.new_empty(splits, T, N, dtype=torch.float32)
-    constants = sizes | {"BITS": weight.bits, "BN": config.BN, "EVEN": shape.even, "ASM": not gpu.interpreted()}
-    held_by, more = arguments(packed)
-    multiply[(-(-N // config.BN), splits, x_blocks[0])](
-        out, staged, group_sums, tile_scales, *held_by[:3], T, N, shape.row_words, *held_by[3:],
-        shape.tiles, per_split, **constants, **more, num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    if splits > 1:
-        add_up[(-(-T * N // 1024),)](out, y, T * N, splits, BLOCK=1024)
+    out = y[None] if sum(splits) == 1 else x_TK.new_empty(sum(splits), T, N, dtype=torch.float32)
+    for (term, config), mine in zip(parts, out.split(splits), strict=True):
+        _multiply(x_TK, term, config, mine)
+    if len(out) > 1:
+        add_up[(-(-T * N // 1024),)](out, y, T * N, len(out), BLOCK=1024)
     return y.to(x_TK.dtype)
 
 
-def arguments(packed: Uniform | Binary) -> tuple[tuple, dict]:
-    """(qweight, scale, zero, G, words of a row of zeros) as `multiply` takes them, and its constants."""
-    if isinstance(packed, Binary):
-        G, P = packed.alpha.shape[1:]
-        tensors = (packed.qweight.view(torch.int16), packed.alpha, packed.offset)
-        kind, words = "offset", 0
-    else:
-        scale, zero, kind = scales_and_zeros(packed)
-        codes = packed.qweight if packed.bits == 3 else packed.qweight.view(torch.int16)
-        tensors, words, G, P = (codes, scale, zero), zero.shape[1], scale.shape[1], 1
-    group = packed.group_size if G > 1 else ONE_GROUP
-    return (*tensors, G, words), {"GROUP": group, "ZERO": kind, "PLANES": P}
+def _splits(term: Term, T: int, config: Config) -> int:
+    """How many partial sums there are; no more than tiles."""
+    tiles = Tiling.of(term.weight, T, config).tiles
+    return -(-tiles // -(-tiles // config.splits))
+
+
+def _multiply(x_TK: Tensor, term: Term, config: Config, out_STN: Tensor) -> None:
+    """Writes the partial sums of one term."""
+    weight, (splits, T, N) = term.weight, out_STN.shape
+    shape = Tiling.of(weight, T, config)
+    x = staged(x_TK, term, shape, config.KP)
+    (*tensors, stride, G, words, tables), more = arguments(term)
+    constants = {"BITS": weight.bits, "F": weight.fields, "KP": config.KP, "GT": shape.GT, "BM": shape.BM}
+    constants |= {"BN": config.BN, "EVEN": shape.even, "ASM": not gpu.interpreted()}
+    multiply[(-(-N // config.BN), splits, x.blocks)](
+        out_STN, x.x, x.group_sums, x.tile_scales, order(weight, x_TK.device), *tensors, T, N, stride, G, words,
+        tables, shape.tiles, -(-shape.tiles // splits),
+        **constants, **more, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

@@ -15,19 +15,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from lrec.formats.binary import Binary
-from lrec.formats.uniform import Uniform, power_of_two
+from lrec.formats import Packed
 from lrec.kernels import gpu
+from lrec.kernels.gpu import tuning
 from lrec.kernels.gpu.decode import zero_at
-from lrec.kernels.gpu.fields import PLACES3, cut, cut3, factors, field, field3
-from lrec.kernels.gpu.fused import add_up, arguments
-from lrec.kernels.gpu.tiling import Config, Tiling, Weight
-
-PLACES3_ = tl.constexpr(PLACES3)
-# Scales -> (their version, what brings the largest under 2^14), let go with the tensor.
-_UP = WeakTensorKeyDictionary()
+from lrec.kernels.gpu.fields import factors, fields_of, order
+from lrec.kernels.gpu.fused import add_up, loaded
+from lrec.kernels.gpu.staging import first_group, groups_of
+from lrec.kernels.gpu.terms import arguments, scale_up, terms
+from lrec.kernels.gpu.tiling import Config, Tiling
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -48,38 +45,12 @@ def stage_rows(dy, staged, down, N, stride_m, stride_n, BLOCK: tl.constexpr):
         tl.store(staged + m * N + start + n, values.to(tl.float16), start + n < N)
 
 
-@triton.jit
-def loaded(qweight, row, i, row_words, RUN: tl.constexpr, EVEN: tl.constexpr):
-    """Words i (1, KP) of rows (BN, 1), turned to (KP, BN): RUN tensors of them."""
-    inside = None if EVEN else i < row_words
-    words = ()
-    for r in tl.static_range(RUN):
-        words += (tl.trans(tl.load(qweight + row * row_words * RUN + i * RUN + r, inside)),)
-    return words
-
-
-@triton.jit
-def fields_of(words, BITS: tl.constexpr, F: tl.constexpr, ASM: tl.constexpr):
-    """The F float16 fields of words as `loaded` has them, a tuple."""
-    if not ASM:
-        found = ()
-        for j in tl.static_range(F):
-            if BITS == 3:
-                found += (field3(words[0], words[1], words[2], j, PLACES3_[j % 16]),)
-            else:
-                found += (field(words[0], j, BITS),)
-    elif BITS == 3:
-        found = cut3(words[0], words[1], True) + cut3(words[1], words[2], False)
-    else:
-        found = cut(words[0], BITS)
-    return found
-
-
 @triton.jit(do_not_specialize=["M", "tiles", "per_split"])
 def multiply_back(
-    out, staged, down, scale_up, qweight, scale, zero, factors, M, N, K, row_words, G, zero_words, tiles, per_split,
+    out, staged, down, scale_up, qweight, scale, zero, factors, order, M, N, K, stride, G, zero_words, tiles, per_split,
     BITS: tl.constexpr, F: tl.constexpr, KP: tl.constexpr, GT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    GROUP: tl.constexpr, ZERO: tl.constexpr, PLANES: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """A block of rows of dy times one tile of columns of W, over one split of its rows: float32 out (splits, M, K)."""
     C: tl.constexpr = GT * BM
@@ -87,7 +58,7 @@ def multiply_back(
     t, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i, c = t * KP + tl.arange(0, KP)[None, :], tl.arange(0, C)[None, :]
     m = block * BM + c % BM
-    g = t * BK // GROUP if GT == 1 else tl.minimum(t * GT + c // BM, G - 1)
+    g = groups_of(t, c // BM, G, GT, BK, GROUP)
     up = tl.load(scale_up)
     accs = (tl.zeros((KP, C), tl.float32),) * F
     zeros = tl.zeros((BN, C), tl.float32)
@@ -104,7 +75,9 @@ def multiply_back(
                 middle -= scales
             else:
                 zeros += v.to(tl.float32) * zero_at(zero, row, g, G, zero_words, n < N, BITS, ZERO)
-            words = loaded(qweight, row * PLANES + p, i, row_words, 3 if BITS == 3 else 1, EVEN)
+            lying, words = loaded(qweight + (row * PLANES + p) * stride * UNIT, i, stride * UNIT, BITS, EVEN), ()
+            for r in tl.static_range(3 if BITS == 3 else 1):
+                words += (tl.trans(lying[r]),)
             found = fields_of(words, BITS, F, ASM)
             added = ()
             for j in tl.static_range(F):
@@ -117,15 +90,20 @@ def multiply_back(
     word = t * KP + tl.arange(0, KP)[:, None]
     for j in tl.static_range(F):
         values = (accs[j] * tl.load(factors + j) * (2.0**25 if ZERO == "offset" else 2.0**24) - constant) * by
-        k = word * F + j
-        mine = (m < M) & (k < K) if GT == 1 else (m < M) & (k < K) & (k // GROUP == t * GT + c // BM)
+        k = word // 2 * (2 * F) + tl.load(order + 2 * j + word % 2)
+        mine = (m < M) & (k < K)
+        if GT > 1:
+            mine &= k // GROUP == first_group(t, BK, GROUP) + c // BM
         tl.store(out + (split * M + m) * K + k, values.to(out.dtype.element_ty), mine)
 
 
-def gradient(dy_TN: Tensor, packed: Uniform | Binary, config: Config) -> Tensor:
-    """dY W (T, K) in dy's dtype, half or bfloat16, for a weight that `tiling.refuses` does not refuse."""
+def gradient(dy_TN: Tensor, packed: Packed, config: Config | None = None) -> Tensor:
+    """dY W (T, K) in dy's dtype, half or bfloat16, for a weight that `tiling.refuses` does not refuse. The fastest
+    Config that is known serves if none is given."""
     (N, K), T = packed.shape, dy_TN.shape[0]
-    weight = Weight.of(packed)
+    (term,) = terms(packed)
+    weight = term.weight
+    config = config or tuning.config(weight, T, True)
     shape = Tiling.of(weight, T, config, True)
     staged = dy_TN.new_empty(T, N, dtype=torch.float16)
     down = dy_TN.new_empty(T, dtype=torch.float32)
@@ -136,27 +114,15 @@ def gradient(dy_TN: Tensor, packed: Uniform | Binary, config: Config) -> Tensor:
     splits = -(-tiles // per_split)
     dx = dy_TN.new_empty(T, K, dtype=gpu.stored(dy_TN.dtype))
     out = dx if splits == 1 else dy_TN.new_empty(splits, T, K, dtype=torch.float32)
-    (*tensors, G, words), more = arguments(packed)
+    (codes, scale, zero, _, _, stride, G, words, _), more = arguments(term)
     constants = {"BITS": weight.bits, "F": weight.fields, "KP": config.KP, "GT": shape.GT, "BM": shape.BM}
     constants |= {"BN": config.BN, "EVEN": shape.even, "ASM": not gpu.interpreted()}
+    constants |= {name: more[name] for name in ("GROUP", "ZERO", "PLANES", "UNIT")}
     multiply_back[(shape.tiles, splits, -(-T // shape.BM))](
-        out, staged, down, scale_up(tensors[1]), *tensors, factors(weight.bits, dy_TN.device), T, N, K,
-        shape.row_words, G, words, tiles, per_split,
-        **constants, **more, num_warps=config.num_warps, num_stages=config.num_stages,
+        out, staged, down, scale_up(scale), codes, scale, zero, factors(weight.bits, False, dy_TN.device),
+        order(weight, dy_TN.device), T, N, K, stride, G, words, tiles, per_split,
+        **constants, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits > 1:
         add_up[(-(-T * K // 1024),)](out, dx, T * K, splits, BLOCK=1024)
     return dx.to(dy_TN.dtype)
-
-
-def scale_up(scale: Tensor) -> Tensor:
-    """float32 (1,): the power of two that brings the largest of these scales under 2^14; kept beside the weight."""
-    version = 0 if scale.is_inference() else scale._version
-    known = _UP.get(scale)
-    if known is not None and known[0] == version:
-        return known[1]
-    exponent = torch.frexp(scale.detach().abs().amax().float()).exponent.clamp(-100, 100)
-    up = power_of_two(14 - exponent).view(1)
-    if not (scale.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph's memory is its own
-        _UP[scale] = version, up
-    return up

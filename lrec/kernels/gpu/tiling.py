@@ -3,60 +3,96 @@
 No triton here: `lrec explain` asks before any kernel is imported.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from lrec.formats import Packed, parse_key
+from lrec.formats.salient import SALIENT_BITS
+from lrec.formats.ternary import TRITS
 from lrec.formats.uniform import groups
 
+TRIT_BITS = 8 / TRITS
 # Codes in a word, by bits a code: words are 16 bits long, for three-bit codes 96.
-FIELDS = {1: 16, 2: 8, 3: 32, 4: 4, 8: 2}
+FIELDS = {1: 16, TRIT_BITS: 10, 2: 8, 3: 32, 4: 4, 8: 2}
 MIN_KP = 16  # the inner size of a tensor core's product
 MAX_GT = 16
 # Columns of the product at once, by bits a code; with more, registers spill.
-MAX_COLUMNS = {1: 16, 2: 64, 3: 16, 4: 64, 8: 64}
+MAX_COLUMNS = {1: 16, TRIT_BITS: 16, 2: 64, 3: 16, 4: 64, 8: 64}
+LEVEL_COLUMNS = 16  # beside a row's table
 # The same for gradients, which hold an accumulator for each code of a word.
-GRADIENT_COLUMNS = {1: 8, 2: 16, 3: 8, 4: 16, 8: 16}
+GRADIENT_COLUMNS = {1: 8, TRIT_BITS: 16, 2: 16, 3: 8, 4: 16, 8: 16}
 MAX_SPLITS = 16
+# What is multiplied, and the tensor whose values dy meets in gradients; None where these are left to slabs.
+SCALES = {"uniform": "scale", "binary": "alpha", "ternary": "scale", "codebook": None, "salient": None}
 LARGE_N = 4096  # from here on, tiles of 128 rows are enough to go round
 PROGRAMS = 528  # four on each of 132 multiprocessors
 
 
 @dataclass(frozen=True)
 class Weight:
-    """What of a weight tiles depend on: `bits` a code, `planes` of codes (one, but for binary weights)."""
+    """What of a weight tiles depend on: `bits` a code, `planes` of codes (one, but for binary weights), `group_size`
+    columns a scale, whether codes stand for `levels`, and columns a table of levels, or 0 if that serves whole rows."""
 
     format: str
     shape: tuple[int, int]
-    bits: int
+    bits: float
     planes: int
     group_size: int
+    levels: bool = False
+    table_size: int = 0
 
     @classmethod
     def of(cls, packed: Packed) -> "Weight":
-        """That of a uniform or binary weight."""
+        """That of a packed weight."""
         return cls.of_spec(parse_key(packed.key))
 
     @classmethod
     def of_spec(cls, spec: dict) -> "Weight":
-        """The same from the spec alone."""
-        shape = tuple(spec["shape"])
-        if "bits" in spec:
-            return cls(spec["format"], shape, spec["bits"], 1, spec["group_size"])
-        return cls(spec["format"], shape, 1, spec["tensors"]["qweight"][1][1], spec["group_size"])
+        """The same from the spec alone; of a salient weight, that of its signs stands for both parts."""
+        format_name, (N, K) = spec["format"], spec["shape"]
+        if format_name == "uniform":
+            return cls(format_name, (N, K), spec["bits"], 1, spec["group_size"])
+        if format_name == "binary":
+            return cls(format_name, (N, K), 1, spec["tensors"]["qweight"][1][1], spec["group_size"])
+        if format_name == "ternary":
+            return cls(format_name, (N, K), TRIT_BITS, 1, spec["group_size"])
+        if format_name == "salient":
+            return cls(format_name, (N, K), 1, 1, K)
+        table = spec["tensors"]["table"][1]
+        grouped = len(table) == 3 and table[1] > 1
+        block = spec["block_size"] if "scale" in spec["tensors"] else K
+        return cls(format_name, (N, K), spec["bits"], 1, min(block, K), True, spec["group_size"] if grouped else 0)
+
+    def parts(self, num_salient: int = 0) -> list["Weight"]:
+        """What is multiplied one after the other into one sum: of a salient weight its codes and its signs."""
+        if self.format != "salient":
+            return [self]
+        N, K = self.shape
+        of_columns = ((SALIENT_BITS, num_salient), (1, K - num_salient))
+        return [Weight("salient", (N, size), bits, 1, size) for bits, size in of_columns if size]
 
     @property
     def fields(self) -> int:
         """Codes in a word."""
         return FIELDS[self.bits]
 
+    @property
+    def max_columns(self) -> int:
+        """Columns of the product at once."""
+        return min(MAX_COLUMNS[self.bits], LEVEL_COLUMNS) if self.levels else MAX_COLUMNS[self.bits]
+
     def groups_in_tile(self, KP: int) -> int:
-        """Groups of columns in a tile of KP words: 1 if a group holds whole tiles, 0 if neither divides the other."""
+        """Groups that a tile of KP words can touch, up to a power of two; 0 if these are too many, or if it would need
+        two tables."""
         BK, size = self.fields * KP, self.group_size
-        if groups(self.shape[1], size) == 1 or size % BK == 0:
+        if self.table_size % BK:
+            return 0
+        if groups(self.shape[1], size) == 1:
             return 1
-        GT = BK // size
-        return GT if BK % size == 0 and size % self.fields == 0 and GT <= MAX_GT else 0
+        most = (BK - math.gcd(BK, size) - 1) // size + 2
+        GT = 1 << (most - 1).bit_length()
+        return GT if min(MAX_GT, self.max_columns) >= GT else 0
 
     def fitting(self) -> list[int]:
         """The numbers of words in a tile that suit the groups, ascending."""
@@ -92,25 +128,32 @@ class Tiling:
         `transpose` to GRADIENT_COLUMNS."""
         GT = weight.groups_in_tile(config.KP)
         assert GT, f"{weight} was to be refused"
-        columns = (GRADIENT_COLUMNS if transpose else MAX_COLUMNS)[weight.bits]
+        columns = GRADIENT_COLUMNS[weight.bits] if transpose else weight.max_columns
         BM, most = max(8 // GT, 1), columns // GT
         while num_rows > BM and most >= 2 * BM:
             BM *= 2
-        row_words = -(-weight.shape[1] // 32) * 32 // weight.fields
+        K, row_bytes = weight.shape[1], -(-weight.shape[1] // TRITS)
+        row_words = -(-row_bytes // 2) if weight.bits == TRIT_BITS else -(-K // 32) * 32 // weight.fields
         tiles = -(-row_words // config.KP)
         return cls(weight.fields * config.KP, GT, BM, tiles, row_words, tiles * config.KP == row_words)
 
 
 def refuses(spec: dict, transpose: bool = False) -> str | None:
     """Why the fused product cannot take a weight, or its gradient with `transpose`, in words, or None."""
-    if spec["format"] not in ("uniform", "binary"):
-        return f"it multiplies uniform and binary weights, not {spec['format']}"
+    name, tensors = spec["format"], spec["tensors"]
+    if name not in SCALES:
+        return f"it multiplies {', '.join(SCALES)} weights, not {name}"
+    if name == "codebook" and "scale" in tensors and spec["shape"][1] % spec["block_size"]:
+        return f"blocks of {spec['block_size']} weights that share a scale cross rows of {spec['shape'][1]}"
     weight = Weight.of_spec(spec)
     if not weight.fitting():
-        return f"groups of {weight.group_size} columns do not divide tiles of {weight.fields * MIN_KP} columns"
-    scales = "alpha" if spec["format"] == "binary" else "scale"
-    if transpose and spec["tensors"][scales][0] not in ("float16", "uint8"):
-        return f"gradients meet scales in half precision, which {spec['tensors'][scales][0]} ones exceed"
+        what = f"groups of {weight.group_size} columns"
+        what += f" and tables of {weight.table_size}" if weight.table_size else ""
+        return f"{what} do not suit tiles of {weight.fields * MIN_KP} columns"
+    if transpose and SCALES[name] is None:
+        return f"gradients of {name} weights have no fused kernel"
+    if transpose and tensors[SCALES[name]][0] not in ("float16", "uint8"):
+        return f"gradients meet scales in half precision, which {tensors[SCALES[name]][0]} ones exceed"
     return None
 
 
@@ -121,8 +164,9 @@ def default(weight: Weight, num_rows: int) -> Config:
     # Short tiles whose groups and rows fit the eight columns that cost as much as one; the longest of these.
     short = [KP for KP in kps if kps[0] == KP or (KP <= 32 and weight.fields * KP <= 256)]
     free = [KP for KP in short if rows * weight.groups_in_tile(KP) <= 8]
-    num_warps = 2 if free or MAX_COLUMNS[weight.bits] == 16 else 4
-    BN = 64 if weight.shape[0] < LARGE_N or (num_warps == 2 and not free) else 128
+    num_warps = 2 if free or weight.max_columns == 16 else 4
+    crowded = weight.levels and weight.bits == 3  # 64 codes in flight and a table beside them
+    BN = 32 if crowded else 64 if weight.shape[0] < LARGE_N or (num_warps == 2 and not free) else 128
     config = Config(BN, free[-1] if free else kps[0], num_warps, 3, 1)
     tiling = Tiling.of(weight, num_rows, config)
     programs = -(-weight.shape[0] // BN) * -(-num_rows // tiling.BM)

@@ -19,9 +19,8 @@ import torch
 from lrec.kernels.gpu import tiling
 from lrec.kernels.gpu.tiling import Config, Weight
 
-# By bits a code; where tiles hold few rows of x, the weight is read again for the next ones.
-DEFAULT_CROSSOVER = {1: 16, 2: 64, 3: 16, 4: 64, 8: 64}
-DEFAULT_GRADIENT_CROSSOVER = {1: 8, 2: 16, 3: 8, 4: 16, 8: 16}
+# Where tiles hold few rows of x, the weight is read again for the next ones.
+DEFAULT_GRADIENT_CROSSOVER = tiling.GRADIENT_COLUMNS
 
 
 def path() -> Path:
@@ -48,7 +47,7 @@ def crossover(weight: Weight, transpose: bool = False) -> tuple[int, str]:
     measured = _measured(path(), device())
     rows = measured.get("crossover_rows", {}).get(kind(weight, transpose))
     if rows is None:
-        default = (DEFAULT_GRADIENT_CROSSOVER if transpose else DEFAULT_CROSSOVER)[weight.bits]
+        default = DEFAULT_GRADIENT_CROSSOVER[weight.bits] if transpose else weight.max_columns
         return default, "not measured on this GPU; `lrec bench kernels --device cuda` measures it"
     return rows, f"measured on {device()} on {measured['date']}"
 
@@ -80,9 +79,10 @@ def kind(weight: Weight, transpose: bool = False) -> str:
 
 
 def shape_class(weight: Weight, num_rows: int, transpose: bool = False) -> str:
-    """What a Config holds for: format, width, direction, group, shape, and rows up to a power of two."""
-    N, K = weight.shape
-    return f"{kind(weight, transpose)} g{weight.group_size} {N}x{K} rows {1 << max(0, num_rows - 1).bit_length()}"
+    """What a Config holds for: format, width, direction, group, tables, shape, and rows up to a power of two."""
+    (N, K), tables = weight.shape, f" tables of {weight.table_size}" if weight.table_size else ""
+    rows = 1 << max(0, num_rows - 1).bit_length()
+    return f"{kind(weight, transpose)} g{weight.group_size}{tables} {N}x{K} rows {rows}"
 
 
 @cache
