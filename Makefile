@@ -1,6 +1,7 @@
 # make demo    quantize, correct and measure a real 135M model, from a fresh clone
 # make test    all tests that need no GPU
 # make readers exports and imports checked by the tools they are for: llama.cpp (built once, ten minutes), hqq ...
+# make fuzz    a minute of coverage-guided fuzzing of what reads manifests and caches (atheris; FUZZ_SECONDS=60)
 # make lint    ruff
 # make gpu     GPU tests, then speed into data/results; says so and stops where there is no NVIDIA GPU
 # make clean   removes .venv and what was built (fetched data stay in data/cache)
@@ -11,12 +12,13 @@ PYTHON ?= .venv/bin/python
 # Only the environment that this file makes can be out of date.
 READY = $(if $(filter .venv/%,$(PYTHON)),.venv/installed)
 CORES := $(shell getconf _NPROCESSORS_ONLN)
+FUZZ_SECONDS ?= 60
 NATIVE := $(wildcard lrec/kernels/native/*.cpp lrec/kernels/native/*.h)
 # Left to itself, accelerate runs CPU jobs on one thread and warns about every default.
 LAUNCH = $(PYTHON) -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $(CORES)
 
-.PHONY: demo test readers lint gpu clean
+.PHONY: demo test readers fuzz lint gpu clean
 .SILENT:
 
 demo: $(READY)
@@ -37,6 +39,14 @@ readers: $(READY) .readers/installed
 		compressed-tensors==0.20.0 loguru==0.7.3 hqq==0.2.8.post1 einops==0.8.2 termcolor==3.3.0
 	touch $@
 
+fuzz: $(READY) .fuzz/installed
+	PYTHONPATH=$(CURDIR)/.fuzz:$(CURDIR) $(PYTHON) tests/fuzz_readers.py -max_total_time=$(FUZZ_SECONDS) \
+		-artifact_prefix=.fuzz/ .fuzz/corpus
+
+.fuzz/installed:
+	$(PYTHON) -m pip install -qq --no-deps --target .fuzz atheris==3.0.0
+	touch $@
+
 lint: $(READY)
 	$(PYTHON) -m ruff check --quiet .
 	$(PYTHON) -m ruff format --check --quiet . || { $(PYTHON) -m ruff format --diff --quiet .; exit 1; }
@@ -54,7 +64,7 @@ gpu: $(READY)
 	fi
 
 clean:
-	rm -rf .venv .readers build *.egg-info lrec/kernels/native/*.so lrec/kernels/native/build.log
+	rm -rf .venv .readers .fuzz build *.egg-info lrec/kernels/native/*.so lrec/kernels/native/build.log
 	find lrec tests data recipes -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/locked: requirements.lock

@@ -54,11 +54,11 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
 
 
 def check_finite(block: nn.Module, name: str) -> None:
-    """Raises ValueError naming every linear of the block whose weight holds NaN or infinity.
+    """Raises ValueError naming every linear, norm or other module of the block whose weight holds NaN or infinity.
 
     To be called before the block runs: there a NaN would only show as a NaN input of the layers behind it.
     """
-    bad = [f"{name}.{n}" for n, module in linears(block).items() if not module.weight.isfinite().all()]
+    bad = [f"{name}.{n.removesuffix('.weight')}" for n, p in block.named_parameters() if not p.isfinite().all()]
     if bad:
         raise ValueError(f"{', '.join(bad)}: the weight holds NaN or infinity; fetch or make the checkpoint again")
 

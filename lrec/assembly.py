@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lrec import checkpoint, formats, lowrank, processes
+from lrec import checkpoint, documents, formats, lowrank, processes
 from lrec.formats import Packed
 
 PROGRESS = "lrec_progress.json"
@@ -36,8 +36,8 @@ class Assembly:
     def _begin(self, fingerprint: str) -> dict:
         path = self.directory / PROGRESS
         if path.exists():
-            progress = checkpoint.read_json(path)
-            if progress.get("fingerprint") != fingerprint:
+            progress = checkpoint.read_json(path, documents.Progress)
+            if progress["fingerprint"] != fingerprint:
                 raise ValueError(
                     f"{self.directory} holds an unfinished run with another model, text or settings; "
                     "remove it or choose another output_dir"
@@ -97,14 +97,17 @@ class Assembly:
         return self.progress.get("sweep", [])
 
     def packed(self, index: int) -> dict[str, Packed]:
-        """The packed layers of a block that is done, by full name."""
-        with checkpoint.open_tensors(self._shard(index)) as file:
-            return {
-                row["name"]: formats.build(
-                    {n: file.get_tensor(f"{row['name']}.{n}") for n in row["spec"]["tensors"]}, row["spec"]
-                )
-                for row in self.progress["blocks"][index]
-            }
+        """The packed layers of a block that is done, by full name. Raises ValueError if its shard is damaged."""
+        path, found = self._shard(index), {}
+        with checkpoint.open_tensors(path) as file:
+            for row in self.progress["blocks"][index]:
+                formats.check_spec(row["spec"])
+                name, fields = row["name"], row["spec"]["tensors"]
+                tensors = {field: checkpoint.tensor(file, f"{name}.{field}", path) for field in fields}
+                if checkpoint.tensors_hash(tensors) != row["sha256"]:
+                    raise ValueError(f"{path} was altered ({name} is not as it was saved); remove {self.directory}")
+                found[name] = formats.build(tensors, row["spec"])
+        return found
 
     def factors(self, index: int) -> lowrank.Factors:
         """The low-rank factors of a block that is done, by full name; empty if none were asked for."""

@@ -18,12 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lrec import checkpoint, processes
+from lrec import checkpoint, documents, processes
 from lrec.head import Head
 
 HEAD = "head.safetensors"
 KEY_BYTES = 16
 # What may differ when a capture goes on: where the same teacher and text are, and how far it came.
+FEW = {"values": ("F16",), "ids": ("I16", "I32"), "lse": ("F32",), "ids_high": ("U8",)}
+WANTED = {"hidden": {"hidden": ("BF16",)}, "topk": FEW, "sampled": FEW}  # the names and dtypes of a shard, by kind
 INCIDENTAL = ("teacher", "files")
 
 
@@ -40,10 +42,11 @@ class TargetCache:
         if not (self.directory / checkpoint.MANIFEST).exists():
             raise ValueError(f"{directory} is no teacher's cache; make one with `lrec cache`")
         checkpoint.verify(self.directory)
-        self.about = checkpoint.read_json(self.directory / checkpoint.MANIFEST)
-        self.files = self.about.pop("files")
-        if "windows_per_shard" not in self.about:
+        path = self.directory / checkpoint.MANIFEST
+        if "windows_per_shard" not in checkpoint.read_json(path):
             raise ValueError(f"{directory} is a model, not a teacher's cache; make one with `lrec cache`")
+        self.about = checkpoint.read_json(path, documents.CacheManifest)
+        self.files = self.about.pop("files")
         if self.num_done < self.num_shards:
             raise ValueError(
                 f"{directory} is unfinished, {self.num_done} of {self.num_shards} shards; "
@@ -52,8 +55,24 @@ class TargetCache:
         self.places: dict[bytes, tuple[int, int]] = {}
         for shard in range(self.num_shards):
             with checkpoint.open_tensors(self.shard(shard)) as file:
+                self._check_shard(shard, file)
                 keys = file.get_tensor("keys")
             self.places |= {key.tobytes(): (shard, row) for row, key in enumerate(keys.numpy())}
+
+    def _check_shard(self, index: int, file) -> None:
+        """Raises ValueError unless a shard holds what its kind of cache has, in shapes that belong together."""
+        found = {name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        rows, wanted = found.get("keys", ("", [0]))[1][0], WANTED[self.about["kind"]]
+        shaped = [
+            name
+            for name, dtypes in wanted.items()
+            if name in found and found[name][0] in dtypes and found[name][1][:2] == [rows, self.about["max_length"]]
+        ]
+        whole = {*shaped, "keys"} == found.keys() and {*wanted} - {*shaped} <= {"ids_high"}
+        if not whole or found["keys"] != ("U8", [rows, KEY_BYTES]) or rows > self.about["windows_per_shard"]:
+            raise ValueError(
+                f"{self.shard(index)} holds {found}, not what a {self.about['kind']} cache has; make it anew"
+            )
 
     @classmethod
     def begin(cls, directory: Path, about: dict) -> "TargetCache":
@@ -73,7 +92,7 @@ class TargetCache:
         path = self.directory / checkpoint.MANIFEST
         if path.exists():
             checkpoint.verify(self.directory)
-            found = checkpoint.read_json(path)
+            found = checkpoint.read_json(path, documents.Manifest)
             wanted = {"format_version": checkpoint.FORMAT_VERSION, **self.about}
             differ = [key for key in {**wanted, **found} if key not in INCIDENTAL and wanted.get(key) != found.get(key)]
             if differ:
@@ -117,6 +136,9 @@ class TargetCache:
         """The teacher's head, mapped from the file rather than read."""
         with checkpoint.open_tensors(self.directory / HEAD) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        V, weight, bias = self.about["vocab_size"], tensors.get("weight"), tensors.get("bias")
+        if weight is None or weight.dim() != 2 or len(weight) != V or (bias is not None and bias.shape != (V,)):
+            raise ValueError(f"{self.directory / HEAD} holds no head of {V} tokens; make the cache anew")
         return Head(tensors["weight"], tensors.get("bias"), self.about["softcap"], self.about["scale"])
 
     def missing(self, windows: Iterable[Sequence[int]]) -> int:

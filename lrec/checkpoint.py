@@ -15,6 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from lrec import documents
+from lrec.documents import read as read_json
+
+SINGLE = "model.safetensors"
 MANIFEST = "lrec_manifest.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_STAMP = "lrec_adapter.json"
@@ -22,6 +26,9 @@ CORRECTION = "correction"  # an adapter below another: its name in peft, and its
 STAMP_KEY = "lrec_adapter"  # of the metadata in the header of an adapter's weights
 BASE_TENSORS = "base_tensors.safetensors"  # scales and zeros that were trained, see lrec.trained
 FORMAT_VERSION = 1
+# What transformers and peft open in a directory by themselves; of its JSON, what their own parsers limit.
+LOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+PARSED_ELSEWHERE = ("tokenizer.json", "vocab.json")
 
 
 def write_json(path: Path, value) -> None:
@@ -32,19 +39,6 @@ def write_json(path: Path, value) -> None:
 def write_rows(path: Path, rows: list[dict]) -> None:
     """Writes a .jsonl file atomically, a row a line."""
     _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises ValueError that names the file if it is missing, not JSON or not an object."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist; is {path.parent} a model directory?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); the file is damaged, fetch or make it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object: fetch or make it again")
-    return value
 
 
 def without_folders(value):
@@ -64,12 +58,20 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 def open_tensors(path: Path):
     """A `safe_open` handle on a file (mmap). Raises ValueError that names the file if it is missing or damaged."""
+    documents.own_file(Path(path))
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist; it is named by the index of {path.parent}") from error
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:  # of an empty file, mmap's own
         raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or make it again") from error
+
+
+def tensor(file, key: str, path: Path) -> Tensor:
+    """A tensor of an open file. Raises ValueError if the file has none of that name."""
+    if key not in file.keys():  # noqa: SIM118  (safe_open is not a dict)
+        raise ValueError(f"{path} has no tensor {key}; fetch or make it again")
+    return file.get_tensor(key)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -79,9 +81,12 @@ def weight_files(directory: Path) -> list[Path]:
     """
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if any(Path(name).name != name for name in names):
-            raise ValueError(f"{index} names files outside its directory; it is damaged or hostile, do not use it")
+        names = sorted(set(read_json(index, documents.Index)["weight_map"].values()))
+        if SINGLE not in names and (directory / SINGLE).exists():
+            raise ValueError(
+                f"{directory} has {SINGLE}, which transformers would load, and an index that does not name it; remove "
+                "the one that does not belong there"
+            )
     else:
         names = [p.name for p in sorted(directory.glob("model*.safetensors"))]
     missing = [name for name in names if not (directory / name).is_file()]
@@ -156,33 +161,47 @@ def write_manifest(directory: Path, about: dict) -> None:
     write_json(directory / MANIFEST, {"format_version": FORMAT_VERSION, **about, "files": files})
 
 
-def verify(directory: Path) -> None:
-    """Checks a directory against its manifest; one without a manifest passes.
+def check_files(directory: Path) -> None:
+    """Raises ValueError for links that lead elsewhere and for damaged JSON among what transformers and peft open."""
+    for path in (path for pattern in LOADED for path in directory.glob(pattern)):
+        documents.own_file(path)
+        if path.suffix == ".json" and path.name not in PARSED_ELSEWHERE:
+            documents.load(path)
 
-    Raises ValueError naming every file that is missing, truncated or altered, or a manifest made by a newer lrec.
+
+def verify(directory: Path) -> None:
+    """`check_files`, and what the directory's manifest lists, if it has one.
+
+    Raises ValueError naming every file that is missing, truncated or altered, for weights that the manifest does not
+    list, and for a manifest made by a newer lrec.
     """
     directory = Path(directory)
+    check_files(directory)
     if not (directory / MANIFEST).exists():
         return
-    manifest = read_json(directory / MANIFEST)
-    if manifest.get("format_version") != FORMAT_VERSION:
+    manifest = read_json(directory / MANIFEST, documents.Manifest)
+    if manifest["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{directory / MANIFEST} has format_version {manifest.get('format_version')}, "
+            f"{directory / MANIFEST} has format_version {manifest['format_version']}, "
             f"this lrec reads {FORMAT_VERSION}; upgrade lrec"
         )
-    wrong = []
-    for name, entry in manifest.get("files", {}).items():
-        path = directory / name
-        if Path(name).name != name:
-            raise ValueError(f"{directory / MANIFEST} names {name!r}, outside its directory; it is damaged or hostile")
-        if not path.is_file():
-            wrong.append(f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            wrong.append(f"{name} has {path.stat().st_size} bytes, {entry['bytes']} were written")
-        elif file_hash(path) != entry["sha256"]:
-            wrong.append(f"{name} was altered (its SHA-256 differs)")
+    files = manifest["files"]
+    wrong = [fault for name, entry in files.items() if (fault := _fault(directory / name, entry))]
+    wrong += [
+        f"{path.name} is not in {MANIFEST}" for path in directory.glob("model*.safetensors") if path.name not in files
+    ]
     if wrong:
         raise ValueError(f"{directory} is damaged: {'; '.join(wrong)}. Fetch it or make it again.")
+
+
+def _fault(path: Path, entry: documents.FileEntry) -> str | None:
+    """What is wrong with a file that a manifest lists."""
+    documents.own_file(path)
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != entry["bytes"]:
+        return f"{path.name} has {path.stat().st_size} bytes, {entry['bytes']} were written"
+    return f"{path.name} was altered (its SHA-256 differs)" if file_hash(path) != entry["sha256"] else None
 
 
 def check_stamp(adapter_dir: Path, packed_sha256: str | None) -> dict:
@@ -224,12 +243,14 @@ def adapter_hash(adapter_dir: Path) -> str:
 def read_stamp(adapter_dir: Path) -> dict:
     """What an adapter directory tells of the base it was made for, empty if nothing."""
     if (adapter_dir / ADAPTER_STAMP).exists():
-        return read_json(adapter_dir / ADAPTER_STAMP)
+        return read_json(adapter_dir / ADAPTER_STAMP, documents.Stamp)
     weights = adapter_dir / ADAPTER_WEIGHTS
     if not weights.exists():
         return {}
     with open_tensors(weights) as file:
-        return json.loads((file.metadata() or {}).get(STAMP_KEY, "{}"))
+        told = (file.metadata() or {}).get(STAMP_KEY, "{}")
+    where = f"the header of {weights}"
+    return documents.check(documents.parse(told, where), documents.Stamp, where)
 
 
 def packed_sha256(base: nn.Module) -> str | None:

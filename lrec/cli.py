@@ -10,6 +10,8 @@ import errno
 import json
 import sys
 
+from safetensors import SafetensorError
+
 from lrec import options, registry
 from lrec.verbs import FIRST, VERBS, benches, help_text, parts
 
@@ -62,6 +64,12 @@ def join(verb: str) -> None:
     processes.state()
 
 
+def full(error: Exception) -> bool:
+    """Whether a disk, a quota or the largest size of a file was reached, in Python's words or safetensors'."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in numbers or any(f"(os error {number})" in str(error) for number in numbers)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -78,8 +86,12 @@ def main(argv: list[str] | None = None) -> int:
         if verb == "completion":
             print(options.fill(values, *parts(verb, values))[0].script())
             return 0
-        as_json = bool(values.pop("json", False))
-        from lrec import load, processes
+        as_json = options.parse("json", values.pop("json", False), bool)
+        trusting = options.parse("trust_remote_code", values.pop("trust_remote_code", False), bool)
+        from lrec import foreign, load, processes
+
+        if trusting:
+            foreign.trust_remote_code()
 
         if processes.count() > 1:
             join(verb)
@@ -95,13 +107,13 @@ def main(argv: list[str] | None = None) -> int:
     except MemoryError as error:
         print(f"lrec {verb}: does not fit in memory: {error}", file=sys.stderr)
         return 3
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            if error.filename is None:
+    except (OSError, SafetensorError) as error:
+        if not full(error):
+            if getattr(error, "filename", None) is None:
                 raise
             print(f"lrec {verb}: {error.strerror}: {error.filename}; name a path that may be used", file=sys.stderr)
             return 2
-        print(f"lrec {verb}: does not fit on the disk ({error.strerror}); what is there stays valid", file=sys.stderr)
+        print(f"lrec {verb}: does not fit on the disk ({error}); what is there stays valid", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print(f"lrec {verb}: interrupted; run the same command again to go on", file=sys.stderr)

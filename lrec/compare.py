@@ -24,7 +24,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lrec import __version__, checkpoint, evaluate, load, machine, options, picture, registry, text
+from lrec import (
+    __version__,
+    checkpoint,
+    documents,
+    evaluate,
+    foreign,
+    load,
+    lock,
+    machine,
+    options,
+    picture,
+    registry,
+    text,
+)
 from lrec.blocks import PassSettings
 from lrec.evaluate import States
 from lrec.options import setting
@@ -76,6 +89,7 @@ class Compare(Text, Place):
     init_rank: int = setting(0, "rank of the adapter factors to store with each model; they are not compared")
     keep_models: bool = setting(False, "keep the packed models, in output_dir/packed")
 
+    @lock.alone
     def run(self) -> dict:
         """Runs what the table lacks and returns it; `failed` is the number of rows that are an error.
 
@@ -109,14 +123,14 @@ class Compare(Text, Place):
         """The rows of earlier calls that hold, by label: of this lrec, without error, with the settings of now."""
         if not path.exists():
             return {}
-        found, now = checkpoint.read_json(path), self.common()
+        found, now = checkpoint.read_json(path, documents.Comparison), self.common()
         changed = [f"{name} = {value!r}" for name, value in found["settings"].items() if now.get(name) != value]
         if changed:
             raise ValueError(f"{path} holds results for {', '.join(changed)}; choose another output_dir or remove it")
         return {
             row["method"]: row
             for row in found["rows"]
-            if row["versions"]["lrec"] == __version__
+            if row["versions"].get("lrec") == __version__
             and "error" not in row
             and (row["method"] not in entries or row["settings"] == entries[row["method"]].settings)
         }
@@ -174,6 +188,7 @@ class Compare(Text, Place):
         names = ("model", "dataset", "num_samples", "max_length", "seed", "device", "dtype")
         values = {name: getattr(self, name) for name in names} | entry.given | {"output_dir": packed}
         flags = [f"--{name}={'none' if value is None else value}" for name, value in values.items()]
+        flags += ["--trust_remote_code"] if foreign.trusted() else []
         command = [sys.executable, "-c", QUANTIZE, "quantize", "--json", *flags]
         packed.parent.mkdir(exist_ok=True)
         with log.open("w") as stderr:

@@ -6,7 +6,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lrec import assembly, checkpoint, load, logbook, memory, offload, processes, stream, text, trained
+from lrec import (
+    assembly,
+    checkpoint,
+    checkpoints,
+    documents,
+    load,
+    lock,
+    logbook,
+    memory,
+    offload,
+    processes,
+    stream,
+    text,
+    trained,
+)
 from lrec.cache import TargetCache
 from lrec.capture import Capture, CaptureSettings
 from lrec.learning import Learning
@@ -41,6 +55,7 @@ class Train(Learning, Text, Place):
         False, "on a CPU, hand freed tensors back at once: a fraction of the memory, for fresh pages each time"
     )
 
+    @lock.alone
     def run(self, config) -> dict:
         """Trains under `config`, a LrecConfig; the report. Raises ValueError if the parts do not fit together."""
         import torch
@@ -109,11 +124,14 @@ class Train(Learning, Text, Place):
         """The checkpoint to go on from: for true, the last whole one, since a killed run may leave half of one; with
         none yet training starts anew, and says so."""
         if not isinstance(resume, bool) or not resume:
+            if resume:
+                checkpoints.check_checkpoint(Path(resume))
             return resume or None
-        whole = processes.from_main(lambda: whole_checkpoints(Path(self.output_dir)))
+        whole = processes.from_main(lambda: checkpoints.whole_checkpoints(Path(self.output_dir)))
         if not whole:
             warnings.warn(f"{self.output_dir} has no whole checkpoint yet: training starts anew", stacklevel=2)
             return None
+        checkpoints.check_checkpoint(whole[-1])
         return str(whole[-1])
 
     def held_out(self, tokenizer, ids, config) -> tuple:
@@ -152,8 +170,9 @@ class Train(Learning, Text, Place):
         if not self.teacher and not self.teacher_cache:
             raise ValueError("missing --teacher, the full-precision model, or --teacher_cache, what it said")
         if self.teacher_cache:
-            config = checkpoint.read_json(text.model_path(self.model) / "config.json").get("quantization_config", {})
-            made_of = config.get("meta", {}).get("base_sha256")
+            path = text.model_path(self.model) / "config.json"
+            config = checkpoint.read_json(path, documents.Quantized).get("quantization_config") or {}
+            made_of = (documents.check(config, documents.PackedConfig, path).get("meta") or {}).get("base_sha256")
             if self.teacher:
                 made_of = checkpoint.fingerprint(text.model_path(self.teacher))
             return open_cache(self.teacher_cache, tokenizer, made_of)
@@ -262,18 +281,6 @@ def evaluations(trainer) -> dict:
     told = ("step", "eval_loss", "eval_kl")
     rows = [{k: row[k] for k in told if k in row} for row in trainer.state.log_history if "eval_loss" in row]
     return {"evaluations": rows} if rows else {}
-
-
-def whole_checkpoints(directory: Path) -> list[Path]:
-    """The trainer's checkpoints in a directory, in order of their steps, without any that a killed run left half."""
-    found = {}
-    for path in directory.glob("checkpoint-*"):
-        try:
-            # Written last.
-            found[checkpoint.read_json(path / "trainer_state.json")["global_step"]] = path
-        except ValueError:
-            continue
-    return [found[step] for step in sorted(found)]
 
 
 def halve(path: Path) -> None:

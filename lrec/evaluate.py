@@ -60,13 +60,19 @@ def quality(student: States, input_ids: Tensor, teacher: States | None = None, b
         sums += torch.stack([torch.zeros(()) if m is None else m.double().sum().cpu() for m in metrics])
     num_tokens = input_ids[:, 1:].numel()
     nll, kl, agreement = (sums / num_tokens).tolist()
-    if not math.isfinite(nll):
-        raise ValueError(
-            "the model's output is not finite on the evaluation text; "
-            "the checkpoint holds NaN, or overflows in this dtype: try --dtype float32"
-        )
+    check_finite(nll, kl)
     found = {"perplexity": math.exp(min(nll, 700.0)), "num_tokens": num_tokens}
     return found if teacher is None else found | {"kl": kl, "top1_agreement": agreement}
+
+
+def check_finite(nll: float, kl: float) -> None:
+    """Raises ValueError that says whose output is not finite, if one is not."""
+    wrong = "the model's" if not math.isfinite(nll) else "the teacher's" if not math.isfinite(kl) else None
+    if wrong:
+        raise ValueError(
+            f"{wrong} output is not finite on the evaluation text; "
+            "the checkpoint holds NaN, or overflows in this dtype: try --dtype float32"
+        )
 
 
 @torch.no_grad()
@@ -75,7 +81,8 @@ def rows_quality(
 ) -> dict:
     """Means over the learned tokens of rows (`lrec.conversations`), each run by itself: `loss` is that of -log q.
 
-    With a teacher also kl and top1_agreement, as `quality`. Raises ValueError if there is no such token.
+    With a teacher also kl and top1_agreement, as `quality`. Raises ValueError if there is no such token, or an output
+    that is not finite.
     """
     sums, num_tokens = torch.zeros(3, dtype=torch.float64), 0
     device = next(model.parameters()).device
@@ -92,6 +99,7 @@ def rows_quality(
             "max_length or look at the rows"
         )
     loss, kl, agreement = (sums / num_tokens).tolist()
+    check_finite(loss, kl)
     found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "num_tokens": num_tokens}
     return found if teacher is None else found | {"kl": kl, "top1_agreement": agreement}
 

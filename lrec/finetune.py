@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import nn
 
-from lrec import assembly, checkpoint, conversations, evaluate, load, logbook, memory, processes, stream, text
+from lrec import assembly, checkpoint, conversations, evaluate, load, lock, logbook, memory, processes, stream, text
 from lrec.correction import Train, evaluations, halve, history
 from lrec.losses import IGNORE
 from lrec.memory_curve import MemoryCurve
@@ -58,6 +58,7 @@ class Finetune(Train):
         "auto", "start from the factors stored with the packed model, or from zero (auto: zero if on an adapter)"
     )
 
+    @lock.alone
     def run(self, config: FinetuneConfig) -> dict:
         """Trains under `config`; the report. Raises ValueError if the parts do not fit together."""
         from datasets import Dataset

@@ -147,6 +147,11 @@ def verify_head(model: nn.Module, head: Head) -> None:
         raise ValueError(
             f"{type(model).__name__} runs its output layer {len(seen)} times a step, but exactly 1 is supported"
         )
+    if not logits.isfinite().all():
+        raise ValueError(
+            f"the logits of {type(model).__name__} ({model.config._name_or_path or 'no folder'}) are not finite: its "
+            "checkpoint holds NaN or infinity, or overflows in this dtype; check it, or try --dtype float32"
+        )
     expected, actual = logits.flatten(0, 1).double(), head.logits(seen[0].flatten(0, 1)).double()
     error = float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
     tolerance = 1e-2 if logits.dtype in (torch.float16, torch.bfloat16) else 1e-3

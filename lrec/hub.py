@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lrec import assembly, card, checkpoint, record, report, text
+from lrec import assembly, card, checkpoint, foreign, record, report, text
 from lrec.options import setting
 
 # Beyond this the Hub refuses a file.
@@ -185,7 +185,7 @@ class Adapter:
     def __init__(self, directory: Path):
         """Raises ValueError if files are missing or damaged."""
         self.directory = directory
-        self.config = checkpoint.read_json(directory / "adapter_config.json")
+        self.config = foreign.lora_config(directory)
         self.stamp = checkpoint.read_stamp(directory)
         self.meta = {}
         if not self.stamp:

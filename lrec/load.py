@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lrec import checkpoint, processes, text, trained
+from lrec import checkpoint, foreign, processes, text, trained
 
 
 def quiet() -> None:
@@ -51,9 +51,13 @@ def tokenizer(model: str):
     from transformers import AutoTokenizer
 
     path = text.model_path(model)
+    checkpoint.check_files(path)
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        with foreign.reading(path, "a folder with a tokenizer that transformers can read"):
+            found = AutoTokenizer.from_pretrained(path, trust_remote_code=foreign.trusted())
+            found("A token.")  # what is damaged often shows in use alone
+            return found
+    except ValueError as error:
         raise ValueError(f"{path} has no tokenizer that transformers can read: {str(error).splitlines()[0]}") from error
 
 
@@ -65,14 +69,19 @@ def model(name: str, adapter: str | None = None, device: str = "auto", dtype: st
     import transformers
 
     path = text.model_path(name)
+    checkpoint.check_files(path)
     checkpoint.weight_files(path)
     place = device_of(device)
-    try:
+    config = foreign.config(path)
+    with foreign.reading(path, "a model that transformers can load"):
         found = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype_of(dtype, place), device_map={"": place}
+            path,
+            config=config,
+            dtype=dtype_of(dtype, place),
+            device_map={"": place},
+            use_safetensors=True,
+            trust_remote_code=foreign.trusted(),
         )
-    except OSError as error:
-        raise ValueError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
     if adapter is not None:
         found = with_adapter(found, adapter)
     return found.eval()
@@ -92,10 +101,12 @@ def with_adapter(base: nn.Module, adapter: str) -> nn.Module:
         trained.load(base, path, stamp)
         return base
     below = checkpoint.correction_of(path)
-    if below is None:
-        return PeftModel.from_pretrained(base, path)
-    found = PeftModel.from_pretrained(base, below, adapter_name=checkpoint.CORRECTION)
-    found.load_adapter(path, "default")
+    with foreign.reading(path, "an adapter that peft can load"):
+        if below is None:
+            return PeftModel.from_pretrained(base, path)
+        foreign.lora_config(below)
+        found = PeftModel.from_pretrained(base, below, adapter_name=checkpoint.CORRECTION)
+        found.load_adapter(path, "default")
     activate(found, [checkpoint.CORRECTION, "default"], learning=None)
     return found
 
@@ -107,6 +118,8 @@ def adapter_path(adapter: str) -> Path:
         raise ValueError(
             f"{path} is not a peft adapter: it has no adapter_config.json; name the output_dir of `lrec train`"
         )
+    if (path / "adapter_config.json").is_file():
+        foreign.lora_config(path)
     return path
 
 

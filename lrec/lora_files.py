@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lrec import checkpoint, trained
+from lrec import checkpoint, foreign, trained
 from lrec.formats import Packed
 
 
@@ -37,7 +37,7 @@ class LoraFiles:
         self.scaling = 1.0 if self.below else self.own_scaling
 
     def _read_pairs(self, directory: Path) -> None:
-        config = checkpoint.read_json(directory / "adapter_config.json")
+        config = foreign.lora_config(directory)
         odd = [
             key
             for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")

@@ -11,11 +11,9 @@ with different roots; LoftQ's and ZeroQuant-V2's plain SVD is R = I.
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lrec import anatomy
+from lrec import anatomy, checkpoint
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 SLICE = 512  # rows of a residual, or columns of a Hessian, that are cast to float64 at once
@@ -139,21 +137,20 @@ def save(factors: Factors, path: str | Path) -> None:
     tensors = {}
     for name, (a, b) in factors.items():
         tensors |= {f"{name}.lora_A": a.half().contiguous(), f"{name}.lora_B": b.half().contiguous()}
-    save_file(tensors, path)
+    checkpoint.write_tensors(Path(path), tensors)
 
 
 def load(path: str | Path) -> Factors:
     """What `save` wrote, as float16. Raises ValueError for a file that is missing, damaged or holds something else."""
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read as low-rank factors ({error}); quantize again with --init_rank"
-        ) from error
+    with checkpoint.open_tensors(Path(path)) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is not a dict)
     names = sorted({key.rpartition(".")[0] for key in tensors})
     if tensors.keys() != {f"{name}.{half}" for name in names for half in ("lora_A", "lora_B")}:
         raise ValueError(
             f"{path} holds no pairs of lora_A and lora_B; it is no file of low-rank factors; quantize again "
             "with --init_rank"
         )
-    return {name: (tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in names}
+    found = {name: (tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in names}
+    if odd := [name for name, (a, b) in found.items() if a.dim() != 2 or b.dim() != 2 or len(a) != b.shape[1]]:
+        raise ValueError(f"{path}: lora_A and lora_B of {odd[0]} do not belong together; quantize again")
+    return found

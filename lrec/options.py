@@ -50,7 +50,8 @@ def read_yaml(path: str) -> dict:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ValueError(f"--config {path} cannot be read ({error.strerror}): name a YAML file of settings") from error
-    except yaml.YAMLError as error:
+    # ValueError and OverflowError: a number or date that is none.
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"--config {path} is not valid YAML, which has a line NAME: VALUE for each setting: {error}"
         ) from error

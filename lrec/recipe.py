@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lrec import assembly, checkpoint, effort, load, options, processes, report, text
+from lrec import assembly, checkpoint, documents, effort, load, options, processes, report, text
 from lrec.blocks import PassSettings
 from lrec.correction import Train
 from lrec.learning import Learning
@@ -108,7 +108,7 @@ class Recipe(Learning):
         text.warn_overlap(seen, ids, f"{self.train_dataset} (training)", f"{self.test_dataset} (test)")
         seconds = [
             None,
-            checkpoint.read_json(Path(packed) / assembly.REPORT)["seconds"],
+            checkpoint.read_json(Path(packed) / assembly.REPORT, documents.Report)["seconds"],
             checkpoint.read_json(Path(adapter) / checkpoint.ADAPTER_STAMP)["seconds"],
         ]
         prompts = self.prompts.split("|")

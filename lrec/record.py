@@ -6,7 +6,7 @@ measured on others is never told of these.
 
 from pathlib import Path
 
-from lrec import checkpoint
+from lrec import checkpoint, documents
 
 FILE = "lrec_evaluation.json"
 # What makes two measurements the same one, made again.
@@ -23,8 +23,8 @@ def rows(directory: Path) -> list[dict]:
     """What was measured on the weights that are there now, oldest first; empty if nothing was."""
     if not (directory / FILE).exists():
         return []
-    kept = checkpoint.read_json(directory / FILE)
-    return kept.get("rows", []) if kept.get("weights_sha256") == weights_sha256(directory) else []
+    kept = checkpoint.read_json(directory / FILE, documents.Record)
+    return kept["rows"] if kept["weights_sha256"] == weights_sha256(directory) else []
 
 
 def add(directory: Path, row: dict) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lrec import anatomy, checkpoint, kernels, registry, text
+from lrec import anatomy, checkpoint, documents, formats, kernels, registry, text
 from lrec.options import setting
 
 # What `lrec explain` asks for: rows of x, and whether for a gradient. A token, a batch of them, a prompt, a step.
@@ -30,6 +30,8 @@ class Inspect:
             rows += [layer_row(name, spec, stored) for name in entry["modules"]]
         inside = [row for row in rows if anatomy.in_block(row["name"])]
         weights = sum(row["shape"][0] * row["shape"][1] for row in inside)
+        if not weights:
+            raise ValueError(f"{directory / 'config.json'} names no packed layer of a block; quantize the model again")
         dense = dense_block_weights(directory, {row["name"] for row in inside})
         meta = config.get("meta", {})
         return {
@@ -94,12 +96,16 @@ def table(rows: list[dict]) -> list[str]:
 
 def packed_config(directory: Path) -> dict:
     """The quantization config of a packed model. Raises ValueError if the model is not packed by lrec."""
-    config = checkpoint.read_json(directory / "config.json").get("quantization_config", {})
+    config = checkpoint.read_json(directory / "config.json", documents.Quantized).get("quantization_config") or {}
     if config.get("quant_method") != "lrec":
         raise ValueError(
             f"{directory} is not packed by lrec (quant_method {config.get('quant_method')!r}); "
             "make one with `lrec quantize`"
         )
+    documents.check(config, documents.PackedConfig, directory / "config.json")
+    config["layers"] = config.get("layers") or []
+    for entry in config["layers"]:
+        formats.check_spec(entry["spec"])
     return config
 
 

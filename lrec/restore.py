@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lrec import assembly, checkpoint, processes, text
+from lrec import assembly, checkpoint, documents, lock, processes, text
 from lrec.blocks import PassSettings
-from lrec.correction import Train, whole_checkpoints
+from lrec.checkpoints import whole_checkpoints
+from lrec.correction import Train
 from lrec.options import setting
 from lrec.quantizers import Quantizer
 from lrec.runs import Export, Quantize
@@ -61,9 +62,15 @@ class Preprocess:
         original = text.model_path(quantize.model)
         base = {"base_model": str(original), "base_sha256": checkpoint.fingerprint(original)}
         asked = {**asdict(quantize), **asdict(quantizer), **asdict(passing), **asdict(self), **base}
-        self.claim(work, output_dir, json.loads(json.dumps(asked)))
+        with lock.held(work):
+            return self.staged(work, quantize, quantizer, passing, json.loads(json.dumps(asked)))
+
+    def staged(self, work: Path, quantize: Quantize, quantizer: Quantizer, passing: PassSettings, asked: dict) -> dict:
+        """All stages that are missing in `work`, and the packed model of what came of them."""
+        output_dir, base = Path(quantize.output_dir), {name: asked[name] for name in ("base_model", "base_sha256")}
+        self.claim(work, output_dir, asked)
         if (output_dir / checkpoint.MANIFEST).exists() and not (output_dir / assembly.PROGRESS).exists():
-            report = checkpoint.read_json(output_dir / assembly.REPORT)
+            report = checkpoint.read_json(output_dir / assembly.REPORT, documents.Report)
             del report["layers"]
         else:
             merged = self.stages(work, quantize, quantizer, passing)

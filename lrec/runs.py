@@ -7,7 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lrec import checkpoint, conversations, effort, export, imports, load, logbook, machine, processes, record, text
+from lrec import (
+    checkpoint,
+    conversations,
+    documents,
+    effort,
+    export,
+    imports,
+    load,
+    lock,
+    logbook,
+    machine,
+    processes,
+    record,
+    text,
+)
 from lrec.blocks import Pass, PassSettings
 from lrec.calibration import Calibration
 from lrec.capture import Capture, CaptureSettings
@@ -57,6 +71,7 @@ class Quantize(Text, Place):
         None, "quick, standard or max: sets what is not set here by time, see lrec/effort.py (none: nothing)"
     )
 
+    @lock.alone
     def run(self, quantizer: Quantizer, settings: PassSettings | None = None, about: dict | None = None) -> dict:
         """Quantizes into `output_dir`; a run that was interrupted goes on. Returns the report.
 
@@ -93,6 +108,7 @@ class Import:
     model: str = field(metadata={"help": "quantized checkpoint: local directory (of one .gguf file, too) or Hub id"})
     output_dir: str = field(metadata={"help": "new directory for the packed model"})
 
+    @lock.alone
     def run(self) -> dict:
         """Writes the packed model; the report."""
         return imports.take_over(imports.folder_of(self.model), Path(self.output_dir))
@@ -111,7 +127,10 @@ class Cache(Text, Place):
         """Captures into `output_dir`, going on where an interrupted capture stopped. Returns the report."""
         ids = self.input_ids(load.tokenizer(self.model), self.seed)
         job = Capture.of(self.model, ids, self.output_dir, settings, self.device, self.dtype)
-        return job.plan() | job.estimate() if self.dry_run else job.run()
+        if self.dry_run:
+            return job.plan() | job.estimate()
+        with lock.held(self.output_dir):
+            return job.run()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,13 +180,14 @@ class Evaluate(Text, Place):
         }
         if self.record:
             asked = {"dataset": self.dataset, "num_samples": len(ids), "max_length": self.max_length}
-            record.add(place, asked | {"teacher": self.teacher} | found | size)
+            with lock.held(place):
+                record.add(place, asked | {"teacher": self.teacher} | found | size)
         return found | size | {"seconds": round(time.monotonic() - start, 2)}
 
     def warn_of_seen_text(self) -> None:
         """Warns if the text is what model or adapter were made with, as they tell."""
         manifest = text.model_path(self.model) / checkpoint.MANIFEST
-        packed = checkpoint.read_json(manifest) if manifest.exists() else {}
+        packed = checkpoint.read_json(manifest, documents.Manifest) if manifest.exists() else {}
         stamp = checkpoint.read_stamp(Path(self.adapter)) if self.adapter else {}
         seen = {"calibrated with": (packed.get("calibration") or {}).get("dataset"), "trained on": stamp.get("dataset")}
         if found := " and ".join(how for how, dataset in seen.items() if dataset == self.dataset):

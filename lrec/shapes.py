@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrec import anatomy, checkpoint, embeddings, formats, text
+from lrec import anatomy, checkpoint, embeddings, foreign, formats, text
 from lrec.formats import Packed
 from lrec.formats.uniform import RUN, Uniform, check, groups
 from lrec.nn import PackedLinear, replace
@@ -59,7 +59,7 @@ def config_of(name: str, num_layers: int | None = None):
         try:
             path = path if path.suffix == ".json" and path.is_file() else text.model_path(name)
             checkpoint.read_json(path if path.is_file() else path / "config.json")
-            config = AutoConfig.from_pretrained(path)
+            config = foreign.config(path) if path.is_dir() else AutoConfig.from_pretrained(path)
         except (OSError, KeyError, ValueError) as error:
             told = f"{str(error).splitlines()[0]} (known shapes: {', '.join(SHAPES)})"
             raise ValueError(told if isinstance(error, ValueError) else nearest(name, SHAPES, "shape")) from error
@@ -98,7 +98,7 @@ def skeleton(config, dtype: torch.dtype) -> nn.Module:
 
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=foreign.trusted())
     except (KeyError, ValueError) as error:
         raise ValueError(f"transformers builds no causal LM from a {type(config).__name__}: {error}") from error
     model.tie_weights()  # the context manager has made a parameter of each use

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrec import anatomy, checkpoint
+from lrec import anatomy, checkpoint, foreign
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
@@ -47,26 +47,19 @@ class StreamedModel:
     """
 
     def __init__(self, directory: Path, dtype: torch.dtype, device: str | torch.device = "cpu"):
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         self.directory, self.dtype, self.device = Path(directory), dtype, torch.device(device)
         checkpoint.verify(self.directory)
         files = checkpoint.weight_files(self.directory)
-        try:
-            self.config = AutoConfig.from_pretrained(self.directory)
-            with init_empty_weights(include_buffers=False):
-                self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
-        except (OSError, KeyError) as error:
-            raise ValueError(
-                f"{directory} is not a causal language model that transformers can build: {error}"
-            ) from error
-        self._prepare_packed()
+        self.config = foreign.config(self.directory)
+        self.model = foreign.skeleton(self.config, self.directory, dtype).eval()
+        with foreign.reading(self.directory, "a packed model"):
+            self._prepare_packed()
         self.anatomy = anatomy.find_blocks(self.model)
         self.blocks = self.anatomy.modules
         self.keys = self._keys_by_part(files)
-        self._load_keys(self.keys[None])
-        self.model.tie_weights()
+        with foreign.reading(self.directory, f"a checkpoint of {type(self.model).__name__}"):
+            self._load_keys(self.keys[None])
+            self.model.tie_weights()
         self._settle_rest()
 
     def __len__(self) -> int:
@@ -74,7 +67,8 @@ class StreamedModel:
 
     def load(self, index: int) -> nn.Module:
         """The block with its weights in memory, on the model's device."""
-        self._load_keys(self.keys[index])
+        with foreign.reading(self.directory, f"a checkpoint of {type(self.model).__name__}"):
+            self._load_keys(self.keys[index])
         missing = [name for name, tensor in self.blocks[index].state_dict().items() if tensor.is_meta]
         if missing:
             raise ValueError(f"{self.directory} has no weights for {self.anatomy.name(index)}: {', '.join(missing)}")
@@ -184,10 +178,24 @@ class StreamedModel:
             raise ValueError(
                 f"{self.directory} has no weights for {', '.join(missing[:5])}; the checkpoint is incomplete"
             )
+        bad = [
+            name
+            for name, tensor in held
+            if tensor.is_floating_point() and not tensor.is_meta and not all_finite(tensor)
+        ]
+        if bad:
+            raise ValueError(
+                f"{self.directory}: {', '.join(bad[:5])} holds NaN or infinity; fetch or make the checkpoint again"
+            )
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; looked at in slices, since a table of embeddings is large."""
+    return all(bool(part.isfinite().all()) for part in tensor.split(1024)) if tensor.dim() else bool(tensor.isfinite())
 
 
 @torch.no_grad()

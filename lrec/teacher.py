@@ -102,8 +102,12 @@ class CachedTeacher(Teacher):
         if self.kind == "hidden":
             # The student's head is looked up anew each time: moving a model to a device gives it other tensors.
             head = Head.of(self.student) if self.head is None else self.head
+            if stored["hidden"].shape[-1] != head.weight.shape[1]:
+                raise ValueError(f"{self.cache.directory} has hidden states that its head does not take; make it anew")
             return Targets(stored["hidden"].to(head.weight.device), head)
         ids = unpack_ids({name: stored[name] for name in stored if name.startswith("ids")})
+        if ids.shape != stored["values"].shape or int(ids.max()) >= self.vocab_size or int(ids.min()) < 0:
+            raise ValueError(f"{self.cache.directory} names tokens that are none of {self.vocab_size}; make it anew")
         return {"topk": TopK, "sampled": Sampled}[self.kind](stored["values"], ids, stored["lse"])
 
     def check(self, objective: Objective, windows: Sequence[list[int]]) -> None:

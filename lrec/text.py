@@ -6,7 +6,8 @@ A dataset is named as
     OWNER/NAME[[:CONFIG]:SPLIT]              from the Hugging Face Hub (`Salesforce/wikitext:wikitext-2-raw-v1:test`);
                                              of a split like `train[:20000]`, those rows alone are fetched
 A model is named as a folder, a script of the `data/` folder that makes one (`smollm2`), or a Hub id.
-Only safetensors, JSON and tokenizer files of a model are ever fetched: nothing that could run code.
+Only safetensors, JSON and tokenizer files of a model are fetched: nothing that could run code, unless its code is
+trusted.
 """
 
 import importlib.util
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lrec import foreign
 from lrec.registry import nearest
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -231,10 +233,9 @@ def _hub_table(name: str, config: str, split: str):
 def _hub_model(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
+    patterns = [*MODEL_FILES, *(["*.py"] if foreign.trusted() else [])]
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=SECOND_COPIES)
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=SECOND_COPIES))
     except OSError as error:
         raise _not_fetched("model", name, error) from error
 

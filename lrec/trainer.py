@@ -6,6 +6,7 @@ that is not finite. Text, conversations, packing and data sets of ready `input_i
 also sends an anonymous usage count unless HF_HUB_DISABLE_TELEMETRY=1 or HF_HUB_OFFLINE=1.
 """
 
+import contextlib
 import math
 import time
 import warnings
@@ -30,13 +31,13 @@ from lrec.optimizers import OneByOne
 from lrec.step import SplitBlocks, StepConfig
 from lrec.teacher import LiveTeacher, Teacher, final_hidden
 from lrec.training_progress import TrainingProgress
-from lrec.watch import DivergedError, Watch, first_not_finite, kept_best
+from lrec.training_state import StateFiles
+from lrec.watch import AlreadyTrained, DivergedError, Watch, first_not_finite, kept_best
 
 
 @dataclass
 class LrecConfig(StepConfig):
-    """How a correction is trained: trl's SFTConfig with the loss and `lrec.step`'s settings of
-    memory added, and defaults that suit 2-bit models.
+    """trl's SFTConfig with the loss and `lrec.step`'s settings of memory added, and defaults that suit 2-bit models.
 
     `loss_type` and `label_smoothing_factor` have no meaning here. bf16 autocast is on where a GPU supports it, and off
     on CPUs. Raises ValueError for a loss that is out of range, see `lrec.losses.Objective`.
@@ -105,7 +106,7 @@ class LrecConfig(StepConfig):
         return Objective(self.divergence, self.beta, self.temperature, **weights, chunk_tokens=self.loss_chunk_tokens)
 
 
-class LrecTrainer(SFTTrainer):
+class LrecTrainer(StateFiles, SFTTrainer):
     """trl's SFTTrainer with the loss of `lrec.losses` per target token, against a teacher.
 
     model: a peft model, or a model with `peft_config`; teacher: a `Teacher`, or a model, which becomes a live one; None
@@ -160,16 +161,18 @@ class LrecTrainer(SFTTrainer):
             self.teacher.to(self.accelerator.device)
 
     def train(self, *args, **kwargs) -> TrainOutput:
-        """As transformers does it; a training that diverges ends with the best checkpoint, if there is one."""
-        start = time.monotonic()
+        """As transformers does it; one that diverges ends with the best checkpoint, one that is done makes no step."""
+        start, told = time.monotonic(), {}
         try:
-            return super().train(*args, **kwargs)
+            with contextlib.suppress(AlreadyTrained):
+                return super().train(*args, **kwargs)
         except DivergedError as error:
-            kept_best(error, self.state.best_model_checkpoint)
+            told = kept_best(error, self.state.best_model_checkpoint)
+        if self.state.best_model_checkpoint:
             self._load_best_model()
-            losses = [row["loss"] for row in self.state.log_history if "loss" in row]
-            metrics = {"train_runtime": time.monotonic() - start, "diverged": str(error)}
-            return TrainOutput(self.state.global_step, sum(losses) / max(len(losses), 1), metrics)
+        losses = [row["loss"] for row in self.state.log_history if "loss" in row]
+        told["train_runtime"] = time.monotonic() - start
+        return TrainOutput(self.state.global_step, sum(losses) / max(len(losses), 1), told)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean of L over target tokens: those of the whole optimizer step if `num_items_in_batch` tells them."""

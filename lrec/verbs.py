@@ -38,7 +38,7 @@ FIRST = {"bench": "what", "push": "directory", "report": "run_dir", "completion"
 
 HELP = """lrec fine-tunes large language models that are quantized to 2, 3 or 4 bits.
 
-Usage: lrec VERB [--setting value ...] [--config file.yaml] [--json]
+Usage: lrec VERB [--setting value ...] [--config file.yaml] [--json] [--trust_remote_code]
 
 A first run, with MODEL a directory or a Hub id and any text file:
 
@@ -49,7 +49,8 @@ A first run, with MODEL a directory or a Hub id and any text file:
 {groups}
 
 `lrec VERB --help` lists a verb's settings with their defaults. --config reads settings from a file, and flags win over
-it; --json prints one JSON object and nothing else. A run that was interrupted goes on when it is started again.
+it; --json prints one JSON object and nothing else; code that comes with a model is run by --trust_remote_code alone.
+A run that was interrupted goes on when it is started again.
 Exit codes: 0 done, 1 done but for what the output calls failed, 2 wrong input, 3 does not fit in memory or on the disk.
 """
 

@@ -16,12 +16,22 @@ class DivergedError(ValueError):
     """Training cannot go on from the step it names."""
 
 
+class AlreadyTrained(Exception):  # noqa: N818  (says where training stands, not what went wrong)
+    """Training goes on from a checkpoint that has made all steps already."""
+
+
 class Watch(TrainerCallback):
-    """Raises `DivergedError` before a gradient that is not finite is applied, and when the loss runs away."""
+    """Raises `DivergedError` before a gradient that is not finite is applied, and when the loss runs away; and
+    `AlreadyTrained` before a step too many, which transformers would make of a run that ended after its last one."""
 
     def __init__(self):
         self.first = self.least = None
         self.above = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """See `TrainerCallback`."""
+        if state.global_step >= state.max_steps:
+            raise AlreadyTrained
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """See `TrainerCallback`."""
@@ -49,11 +59,14 @@ class Watch(TrainerCallback):
             )
 
 
-def kept_best(error: DivergedError, checkpoint: str | None) -> None:
-    """Warns that training has diverged and the best checkpoint is kept; raises the error again if there is none."""
+def kept_best(error: DivergedError, checkpoint: str | None) -> dict[str, str]:
+    """Warns that training has diverged and the best checkpoint is kept; what is to be told of it.
+
+    Raises the error again if there is none."""
     if checkpoint is None:
         raise error
     warnings.warn(f"{error}. Kept: the best on held-out text, {checkpoint}", stacklevel=2)
+    return {"diverged": str(error)}
 
 
 @torch.no_grad()

@@ -102,19 +102,30 @@ def run_apart(job):
     return time.monotonic() - start
 
 
-def kill_at_random(job, seconds, at_work):
+def kill_at_random(job, seconds, at_work, share=1.0, started=None):
     """Runs job() in processes of their own and kills each (SIGKILL) at a random moment within `seconds`.
 
-    LREC_KILLS times, or 4; more, at most five times as many, until `at_work()`, called after each kill, has once been
-    true: a test whose kills all come too early or too late proves nothing, and fails.
+    With `started`, every other one is first waited for until `started()`, and killed within a third of the time: the
+    start of an interpreter takes most of a short job.
+
+    A share of LREC_KILLS times (4 if that is not set), at least once; more, at most ten times as many, until
+    `at_work()`, called after each kill, has once been true: a test whose kills all come too early or too late proves
+    nothing, and fails. Returns the number of kills and how many of them met the job at work.
     """
-    moments, kills, met = random.Random(0), int(os.environ.get("LREC_KILLS", "4")), 0
-    for count in range(5 * kills):
+    moments, met = random.Random(0), 0
+    kills = max(1, round(share * int(os.environ.get("LREC_KILLS", "4"))))
+    for count in range(10 * kills):
         if count >= kills and met:
-            break
+            return count, met
         child = _apart(job)
-        time.sleep(moments.uniform(0, seconds))
+        moment = moments.uniform(0, seconds)
+        if started is not None and count % 2 == 0:
+            while child.is_alive() and not started():
+                time.sleep(0.001)
+            moment /= 3
+        child.join(moment)
         child.kill()
         child.join()
         met += bool(at_work())
     assert met, "no kill met the job at work"
+    return 10 * kills, met

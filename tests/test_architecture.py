@@ -9,14 +9,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lrec"
 # A module may import from its own floor and from those below it (earlier in this list).
 FLOORS = [
-    "registry options machine picture processes curves memory_curve progress",
+    "registry options machine picture documents lock processes curves memory_curve progress",
     "formats",
     "grid kernels statistics",
     "quantizers nn",
     "lora",
-    "anatomy cache checkpoint cpu_embeddings embeddings head losses lowrank optimizers teacher text topk ggml",
+    "anatomy cache checkpoint cpu_embeddings embeddings head losses lowrank optimizers teacher text topk ggml foreign "
+    "checkpoints",
     "trained record card logbook",
-    "watch training_progress",
+    "watch training_progress training_state",
     "integrations conversations pooling",
     "stream load assembly calibration allocation sweep blockwise reconstruct inputs meter forward step ends shapes "
     "rehearsal offload lora_files end_loss rows",

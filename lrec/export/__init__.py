@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lrec import load, registry
+from lrec import load, lock, registry
 
 PROBE = "The capital of France is Paris, and 17 times 3 is 51. In the beginning there was nothing but"
 
@@ -54,16 +54,20 @@ def export(target: Export, model_dir: Path, adapter_dir: Path | None, output_dir
 
     Raises ValueError for a directory that is not empty, or a model the target cannot hold.
     """
-    output_dir = Path(output_dir)
+    with lock.held(output_dir):
+        return _export(target, Path(model_dir), adapter_dir and Path(adapter_dir), Path(output_dir), checked)
+
+
+def _export(target: Export, model_dir: Path, adapter_dir: Path | None, output_dir: Path, checked: bool) -> dict:
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"{output_dir} is not empty; choose another output_dir or remove it (nothing was changed)")
     partial = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        report = target.write(Path(model_dir), adapter_dir and Path(adapter_dir), partial)
+        report = target.write(model_dir, adapter_dir, partial)
         if checked:
-            report |= check(target, Path(model_dir), adapter_dir and Path(adapter_dir), partial)
+            report |= check(target, model_dir, adapter_dir, partial)
         if output_dir.exists():
             output_dir.rmdir()
         partial.rename(output_dir)

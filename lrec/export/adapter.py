@@ -15,10 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lrec import card, checkpoint, text, trained
+from lrec import card, checkpoint, foreign, text, trained
 from lrec.export import Export
 from lrec.lora_files import LoraFiles
 from lrec.options import setting
+from lrec.report import packed_config
 from lrec.rewrite import kinds
 
 
@@ -38,11 +39,11 @@ class Adapter(Export):
                 "--format adapter needs --adapter, the directory that `lrec train` wrote; "
                 "to export the base alone use --format merged"
             )
-        base = checkpoint.read_json(model_dir / "config.json").get("quantization_config", {}).get("meta", {})
+        base = packed_config(model_dir).get("meta") or {}
         stamp = checkpoint.check_stamp(adapter_dir, base.get("packed_sha256"))
         if trained.read(adapter_dir, stamp):
             shutil.copyfile(adapter_dir / checkpoint.BASE_TENSORS, output_dir / checkpoint.BASE_TENSORS)
-        config = checkpoint.read_json(adapter_dir / "adapter_config.json")
+        config = foreign.lora_config(adapter_dir)
         if below := checkpoint.correction_of(adapter_dir):
             config, tensors = joined(LoraFiles(adapter_dir, base.get("packed_sha256")), config, below, model_dir)
             stamp = {key: value for key, value in stamp.items() if key != "correction_sha256"}
@@ -80,7 +81,7 @@ def joined(adapter: LoraFiles, config: dict, below: Path, model_dir: Path) -> tu
 
     Raises ValueError if either names its targets by a pattern.
     """
-    targets = [config["target_modules"], checkpoint.read_json(below / "adapter_config.json")["target_modules"]]
+    targets = [config["target_modules"], foreign.lora_config(below)["target_modules"]]
     if not all(isinstance(names, list) for names in targets):
         raise ValueError(f"{adapter.directory} and {below} cannot be joined: target_modules must be lists of names")
     tensors = {}

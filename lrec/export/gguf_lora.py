@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lrec import foreign
 from lrec.export import Export
 from lrec.export.gguf import Gguf, llama_cpp_logits, start, write_tensors
 from lrec.ggml.model import Names
@@ -28,7 +29,6 @@ class GgufLora(Export):
 
     def write(self, model_dir: Path, adapter_dir: Path | None, output_dir: Path) -> dict:
         """See `Export.write`. Raises ValueError without an adapter, or for one that is not plain LoRA on this base."""
-        from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         if adapter_dir is None:
@@ -41,7 +41,7 @@ class GgufLora(Export):
                 f"gguf-lora holds low-rank factors alone, but {adapter_dir} has trained scales and zeros of the base "
                 "too; fold those in first (--format packed), or use --format merged"
             )
-        config = AutoConfig.from_pretrained(model_dir)
+        config = foreign.config(model_dir)
         names = Names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type), config)
         writer = start(output_dir / "adapter.gguf", names, model_dir)
         writer.add_type("adapter")

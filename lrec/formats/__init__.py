@@ -10,6 +10,7 @@ P bit planes, R rank, V vocabulary, O outliers. A weight is `w_NK`, oriented lik
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -18,9 +19,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lrec import registry
+from lrec import documents, registry
 
 GRADIENT_WEIGHTS = 2**20  # of the gradient of a decoded weight, made at once
+
+Kinds = tuple[torch.dtype, ...]
+# A layout: of each tensor field, the dtypes and the shape that it may have together.
+Layout = dict[str, list[tuple[Kinds, tuple[int, ...]]]]
+
+INT32: Kinds = (torch.int32,)
+UINT8: Kinds = (torch.uint8,)
+MOST = 2**62  # product of all sizes that a spec names
+STORED = ("int32", "int8", "uint8", "float16", "bfloat16", "float32")
+FLOATS: Kinds = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -80,6 +91,27 @@ class Packed:
         """The same weight on another device."""
         return dataclasses.replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
 
+    def layout(self) -> Layout:
+        """What tensors these settings call for. Raises ValueError for settings that no weight of the format has."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises ValueError for settings or tensors that do not belong together: kernels would read past their ends."""
+        if len(self.shape) != 2 or not all(isinstance(n, int) and n > 0 for n in self.shape):
+            raise ValueError(f"a weight's shape is two numbers above zero, not {self.shape}")
+        layout = self.layout()
+        for name, tensor in self.tensors().items():
+            if not any(tensor.dtype in dtypes and tuple(tensor.shape) == shape for dtypes, shape in layout[name]):
+                allowed = " or ".join(
+                    f"{'/'.join(str(t).removeprefix('torch.') for t in dtypes)} {list(shape)}"
+                    for dtypes, shape in layout[name]
+                )
+                found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+                raise ValueError(f"{name} is {found}, but {self.name()} of shape {self.shape} takes {allowed}")
+
+    def check_values(self) -> None:
+        """Raises ValueError for stored numbers that point outside of the weight. Reads the data, so not on `meta`."""
+
     def updated(self, tensors: dict[str, Tensor]) -> "Packed":
         """The same weight with other tensors in these fields."""
         return dataclasses.replace(self, **tensors)
@@ -123,6 +155,11 @@ class Packed:
 Base = Packed
 
 
+def words(n: int, bits: int) -> int:
+    """Number of int32 words in which `pack_codes` stores n codes."""
+    return -(-n // 32) * bits
+
+
 @lru_cache
 def tensor_fields(cls: type) -> tuple[str, ...]:
     """Names of the fields of a format that hold tensors, `qweight` first."""
@@ -139,8 +176,14 @@ def row_slices(N: int, K: int) -> list[slice]:
 def build(tensors: dict[str, Tensor] | list[Tensor], spec: dict) -> Packed:
     """The inverse of `tensors()` and `spec()`; a list of tensors is taken in the spec's order.
 
-    Raises ValueError for an unknown format, or when the tensors are not the ones the spec names.
+    Raises ValueError for an unknown format, or when the tensors are not the ones the spec names, or do not fit it.
     """
+    packed = _put_together(tensors, spec)
+    packed.check()
+    return packed
+
+
+def _put_together(tensors: dict[str, Tensor] | list[Tensor], spec: dict) -> Packed:
     cls = registry.find("formats", spec["format"])
     if not isinstance(tensors, dict):
         tensors = dict(zip(spec["tensors"], tensors, strict=True))
@@ -151,11 +194,34 @@ def build(tensors: dict[str, Tensor] | list[Tensor], spec: dict) -> Packed:
 
 
 def empty(spec: dict, device=None) -> Packed:
-    """A weight of this spec with unset tensors on `device`; loading a checkpoint fills them."""
+    """A weight of this spec with unset tensors on `device`; loading a checkpoint fills them.
+
+    Raises ValueError for a spec that no weight has.
+    """
+    check_spec(spec)
     kinds = spec["tensors"].items()
     return build(
         {n: torch.empty(shape, dtype=getattr(torch, dtype), device=device) for n, (dtype, shape) in kinds}, spec
     )
+
+
+def check_spec(spec: dict) -> None:
+    """Raises ValueError for a spec, as a file has it, with fields that its format lacks or without some that it needs,
+    or with numbers or dtypes that are none."""
+    documents.check(spec, documents.Spec, "the spec of a packed layer")
+    cls = registry.find("formats", spec["format"])
+    named = {"format", "tensors", *(f.name for f in dataclasses.fields(cls))} - {*tensor_fields(cls)}
+    needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.type is Tensor}
+    if spec.keys() != named:
+        raise ValueError(f"a spec of format {cls.name()} has {sorted(named)}, but got {sorted(spec)}")
+    if not needed <= spec["tensors"].keys() <= {*tensor_fields(cls)}:
+        raise ValueError(f"format {cls.name()} has tensors {list(tensor_fields(cls))}, but got {list(spec['tensors'])}")
+    settings = [value for key, value in spec.items() if key not in ("format", "tensors", "shape")]
+    if odd := [value for value in settings if type(value) is not int or not 0 <= value < MOST]:
+        raise ValueError(f"a spec of format {cls.name()} holds {odd[0]!r}, which is no size")
+    for name, (dtype, shape) in spec["tensors"].items():
+        if dtype not in STORED or not isinstance(shape, list) or math.prod([*shape, *spec["shape"]]) > MOST:
+            raise ValueError(f"{name} of format {cls.name()} is {dtype!r} {shape}; allowed: a shape of {STORED}")
 
 
 def spec_key(spec: dict) -> str:
@@ -170,8 +236,8 @@ def parse_key(key: str) -> dict:
 
 
 def build_by_key(tensors: list[Tensor], key: str) -> Packed:
-    """`build` for a caller that has the key, which is not put together again."""
-    packed = build(tensors, parse_key(key))
+    """`build` for a caller that has the key of a weight that was checked; not put together or checked again."""
+    packed = _put_together(tensors, parse_key(key))
     packed.__dict__["key"] = key
     return packed
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lrec.formats import Packed, pack_codes, unpack_codes
+from lrec.formats import FLOATS, INT32, Layout, Packed, pack_codes, unpack_codes, words
 from lrec.formats.uniform import groups
 
 MAX_PLANES = 4
@@ -50,6 +50,18 @@ class Binary(Packed):
         return cls(
             shape=(N, K), group_size=group_size, qweight=pack_codes(planes, 1), alpha=alpha_NGP, offset=offset_NG
         )
+
+    def layout(self) -> Layout:
+        """See `Packed.layout`; there are as many planes as scales of a group."""
+        (N, K), P = self.shape, self.alpha.shape[-1] if self.alpha.dim() else 0
+        if self.group_size < 1 or not 1 <= P <= MAX_PLANES:
+            raise ValueError(f"{P} planes in groups of {self.group_size}; allowed: 1 to {MAX_PLANES} in groups above 0")
+        G = groups(K, self.group_size)
+        return {
+            "qweight": [(INT32, (N, P, words(K, 1)))],
+            "alpha": [(FLOATS, (N, G, P))],
+            "offset": [(FLOATS, (N, G))],
+        }
 
     @property
     def bits(self) -> int:

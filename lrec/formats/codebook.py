@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lrec.formats import Packed, pack_codes, unpack_codes
+from lrec.formats import FLOATS, INT32, Layout, Packed, pack_codes, unpack_codes, words
 
 WIDTHS = (2, 3, 4)
 SCALES_PER_SCALE = 256
@@ -81,6 +81,23 @@ class Codebook(Packed):
             scale_scale=parts[1],
             scale_offset=parts[2],
         )
+
+    def layout(self) -> Layout:
+        """See `Packed.layout`."""
+        (N, K), bits = self.shape, self.bits
+        if bits not in WIDTHS or self.group_size < 1 or self.block_size < 1:
+            raise ValueError(f"{bits} bits, groups of {self.group_size}, blocks of {self.block_size}: no such codebook")
+        L, blocks = 2**bits, -(-N * K // self.block_size)
+        nested = self.scale is not None and self.scale.dtype == torch.uint8
+        if (self.scale_scale is not None, self.scale_offset is not None) != (nested, nested):
+            raise ValueError("scales of 8 bits come with scale_scale and scale_offset, others without")
+        return {
+            "qweight": [(INT32, (N, words(K, bits)))],
+            "table": [(FLOATS, shape) for shape in ((L,), (N, L), (N, -(-K // self.group_size), L))],
+            "scale": [((*FLOATS, torch.uint8), (blocks,))],
+            "scale_scale": [(FLOATS, (-(-blocks // SCALES_PER_SCALE),))],
+            "scale_offset": [(FLOATS, (1,))],
+        }
 
     def unpack(self, rows: slice = slice(None)) -> Tensor:
         """float32 (n, K) by the equation above."""

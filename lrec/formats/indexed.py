@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lrec.formats import Packed, unpack_codes
-from lrec.formats.uniform import Uniform
+from lrec.formats import FLOATS, INT32, Layout, Packed, unpack_codes, words
+from lrec.formats.uniform import WIDTHS, Uniform
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -40,3 +40,21 @@ class Indexed(Packed):
         if self.group.shape != (self.shape[1],):
             raise ValueError(f"{self.shape[1]} columns need as many groups, but there are {tuple(self.group.shape)}")
         assert self.group.dtype == torch.int32
+
+    def layout(self) -> Layout:
+        """See `Packed.layout`; there are as many groups as scales."""
+        (N, K), bits = self.shape, self.bits
+        if bits not in WIDTHS or self.scale.dim() != 2 or not 1 <= self.scale.shape[1] <= K:
+            raise ValueError(f"{bits} bits, scales {list(self.scale.shape)}; allowed: {WIDTHS} bits, 1 to {K} groups")
+        G = self.scale.shape[1]
+        return {
+            "qweight": [(INT32, (N, words(K, bits)))],
+            "scale": [(FLOATS, (N, G))],
+            "group": [(INT32, (K,))],
+            "zero": [(FLOATS, (N, G)), (INT32, (G, words(N, bits)))],
+        }
+
+    def check_values(self) -> None:
+        """See `Packed.check_values`."""
+        if int(self.group.min()) < 0 or int(self.group.max()) >= self.scale.shape[1]:
+            raise ValueError(f"group names groups other than 0 to {self.scale.shape[1] - 1}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrec.formats import pack_codes
+from lrec.formats import Layout, pack_codes
 from lrec.formats.uniform import Uniform
 
 
@@ -28,6 +28,10 @@ class Latent(Uniform):
         """The same weight, value for value: its codes are the latents."""
         tensors = packed.tensors() | {"qweight": packed.codes().float()}
         return cls(shape=packed.shape, bits=packed.bits, group_size=packed.group_size, **tensors)
+
+    def layout(self) -> Layout:
+        """See `Packed.layout`."""
+        return super().layout() | {"qweight": [((torch.float32,), self.shape)]}
 
     def codes(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """uint8 (n, K)."""

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lrec.formats import Packed, pack_codes, unpack_codes
+from lrec.formats import FLOATS, INT32, Layout, Packed, pack_codes, unpack_codes, words
 
 WIDTHS = (2, 3, 4)
 INDEX_BITS = (4, 5, 6, 7)
@@ -94,6 +94,33 @@ class Outlier(Packed):
             scale=scale,
             base=base,
         )
+
+    def layout(self) -> Layout:
+        """See `Packed.layout`."""
+        (N, K), L = self.shape, 2**self.bits
+        told = {"bits": (self.bits, WIDTHS), "index_bits": (self.index_bits, INDEX_BITS)}
+        if odd := [f"{name} = {value}" for name, (value, allowed) in told.items() if value not in allowed]:
+            raise ValueError(f"{', '.join(odd)}: no such width of the outlier format")
+        if self.tile < 1 or not 1 <= self.stride <= 2 * K or math.gcd(self.stride, K) != 1:
+            raise ValueError(f"tile = {self.tile}, stride = {self.stride}: no walk through rows of {K}")
+        if (self.scale is None, self.base is None) != (self.table is not None,) * 2:
+            raise ValueError("levels are a table, or scale and base")
+        levels = [(FLOATS, (N, 2))]
+        return {
+            "qweight": [(INT32, (N, words(K, self.bits)))],
+            "index": [(INT32, tuple(self.index.shape))] if self.index.dim() == 1 else [(INT32, (-1,))],
+            "starts": [(INT32, (-(-N * K // self.tile) + 1,))],
+            "table": [(FLOATS, (N, 2, L))],
+            "scale": levels,
+            "base": levels,
+        }
+
+    def check_values(self) -> None:
+        """See `Packed.check_values`."""
+        held = len(self.index) // self.index_bits * 32
+        starts = self.starts.long()
+        if int(starts[0]) != 0 or int(starts[-1]) > held or bool((starts.diff() < 0).any()):
+            raise ValueError(f"starts do not rise from 0 to at most the {held} symbols of the index")
 
     def unpack(self, rows: slice = slice(None)) -> Tensor:
         """float32 (n, K) by the equations above."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lrec.formats import Packed, pack_codes, unpack_codes
+from lrec.formats import FLOATS, INT32, Layout, Packed, pack_codes, unpack_codes, words
 
 SALIENT_BITS = 4
 
@@ -67,6 +67,28 @@ class Salient(Packed):
             offset=offset_N,
             column=column_M,
         )
+
+    def layout(self) -> Layout:
+        """See `Packed.layout`."""
+        (N, K), S = self.shape, self.num_salient
+        if not 0 <= S <= K:
+            raise ValueError(f"{S} of {K} columns cannot be salient")
+        rows = [(FLOATS, (N,))]
+        return {
+            "qweight": [(INT32, (N, words(K - S, 1)))],
+            "mask": [(INT32, (words(K, 1),))],
+            "salient": [(INT32, (N, words(S, SALIENT_BITS)))],
+            "salient_scale": rows,
+            "salient_zero": [(INT32, (words(N, SALIENT_BITS),))],
+            "scale": rows,
+            "offset": rows,
+            "column": [(FLOATS, (K - S,))],
+        }
+
+    def check_values(self) -> None:
+        """See `Packed.check_values`."""
+        if (marked := len(self.columns()[0])) != self.num_salient:
+            raise ValueError(f"the mask marks {marked} columns, but {self.num_salient} are salient")
 
     def unpack(self, rows: slice = slice(None)) -> Tensor:
         """float32 (n, K) by the equations above."""

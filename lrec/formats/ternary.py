@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lrec.formats import Packed
+from lrec.formats import FLOATS, UINT8, Layout, Packed
 from lrec.formats.uniform import groups
 
 TRITS = 5
@@ -40,6 +40,13 @@ class Ternary(Packed):
         places = 3 ** torch.arange(TRITS, dtype=torch.int16, device=digits.device)
         packed = (digits * places).sum(-1).to(torch.uint8)
         return cls(shape=(N, K), group_size=group_size, qweight=packed, scale=scale_NG)
+
+    def layout(self) -> Layout:
+        """See `Packed.layout`."""
+        N, K = self.shape
+        if self.group_size < 1:
+            raise ValueError(f"groups of {self.group_size}; allowed: 1 or more")
+        return {"qweight": [(UINT8, (N, -(-K // TRITS)))], "scale": [(FLOATS, (N, groups(K, self.group_size)))]}
 
     def unpack(self, rows: slice = slice(None)) -> Tensor:
         """float32 (n, K) by the equation above."""

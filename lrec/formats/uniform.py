@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lrec import registry
-from lrec.formats import Packed, pack_codes, row_slices, unpack_codes
+from lrec.formats import FLOATS, INT32, Layout, Packed, pack_codes, row_slices, unpack_codes, words
 
 WIDTHS = (2, 3, 4, 8)
 SCALE_WIDTHS = (8, 16)
@@ -92,6 +92,23 @@ class Uniform(Packed):
             zero=zero_NG,
             scale_exponent=exponent,
         )
+
+    def layout(self) -> Layout:
+        """See `Packed.layout`."""
+        (N, K), bits = self.shape, self.bits
+        if bits not in WIDTHS or self.group_size < 1:
+            raise ValueError(f"{bits} bits in groups of {self.group_size}; allowed: {WIDTHS} bits, groups of 1 or more")
+        G = groups(K, self.group_size)
+        grid = [((*FLOATS, torch.uint8), (N, G))]
+        narrow = self.scale.dtype == torch.uint8
+        if narrow != (self.scale_exponent is not None):
+            raise ValueError("scales of 8 bits come with scale_exponent, others without")
+        return {
+            "qweight": [(INT32, (N, words(K, bits)))],
+            "scale": grid,
+            "zero": [*grid, (INT32, (G, words(N, bits)))],
+            "scale_exponent": [((torch.int8,), (-(-N // RUN),))],
+        }
 
     def unpack(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """float32 (n, K) by the equation above; `rows` may also be int64 indices (n,), in any order."""

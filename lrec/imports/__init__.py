@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lrec import anatomy, checkpoint, registry, text
+from lrec import anatomy, checkpoint, documents, foreign, registry, text
 from lrec.assembly import Assembly
 from lrec.formats import Packed
 from lrec.progress import Progress
@@ -37,9 +37,7 @@ class Import:
     @classmethod
     def config(cls, model_dir: Path):
         """The model's configuration, without that of its quantization."""
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(model_dir)
+        config = foreign.config(model_dir)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         return config
@@ -68,14 +66,10 @@ def take_over(model_dir: Path, output_dir: Path) -> dict:
 
     Raises ValueError naming the layer for whatever cannot be taken over, or if the checkpoint is not quantized.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     method, told = method_of(model_dir)
     source = registry.find("imports", method.replace("-", "_"))
     config = source.config(model_dir)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+    model = foreign.skeleton(config, model_dir)
     blocks = anatomy.find_blocks(model)
     assembly = Assembly(output_dir, source.identity(model_dir), len(blocks.modules))
     read = source.parts(model_dir, model, blocks)
@@ -119,7 +113,7 @@ def method_of(model_dir: Path) -> tuple[str, dict]:
     """By what a checkpoint is quantized, and what its config says of that. Raises ValueError if it is not."""
     if any(model_dir.glob("*.gguf")):
         return "gguf", {}
-    told = checkpoint.read_json(model_dir / "config.json").get("quantization_config")
+    told = checkpoint.read_json(model_dir / "config.json", documents.Quantized).get("quantization_config")
     if told is None and holds(model_dir, ".W_q"):
         return "hqq", {}  # hqq's own files say nothing of it in their config
     if told is None or told.get("quant_method") == "lrec":
@@ -142,9 +136,13 @@ def read_layer(source: type[Import], name: str, tensors: dict, shape: tuple[int,
     held = {key.removeprefix(f"{name}."): tensors.pop(key) for key in own}
     try:
         packed = source.read(name, held, shape, config)
-    except (ValueError, KeyError) as error:
-        missing = f"the tensor or setting {error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{name}: {missing}") from error
+        packed.check()
+        packed.check_values()
+    except KeyError as error:
+        raise ValueError(f"{name}: the tensor or setting {error} is missing") from error
+    # What tensors of odd shapes and dtypes come to; torch says RuntimeError, IndexError and TypeError.
+    except (ValueError, RuntimeError, IndexError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
+        raise ValueError(f"{name}: {error}") from error
     if packed.shape != shape:
         raise ValueError(f"{name}: holds a weight of shape {packed.shape}, but the model's is {shape}")
     return packed

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lrec import anatomy, checkpoint
+from lrec import anatomy, checkpoint, foreign
 from lrec.formats import Packed
 from lrec.ggml import blocks
 from lrec.ggml.model import Names
@@ -32,13 +32,11 @@ class Gguf(Import):
     @classmethod
     def config(cls, model_dir: Path):
         """See `Import.config`."""
-        from transformers import AutoConfig
-
         blocks.teach_q2_0()
         whole(only_file(model_dir))
         if (model_dir / "config.json").exists():
-            return AutoConfig.from_pretrained(model_dir)
-        return AutoConfig.from_pretrained(model_dir, gguf_file=only_file(model_dir).name)
+            return foreign.config(model_dir)
+        return foreign.config(model_dir, gguf_file=only_file(model_dir).name)
 
     @classmethod
     def identity(cls, model_dir: Path) -> str:
@@ -72,7 +70,9 @@ class Gguf(Import):
         if not (model_dir / "tokenizer.json").exists():
             from transformers import AutoTokenizer
 
-            AutoTokenizer.from_pretrained(model_dir, gguf_file=only_file(model_dir).name).save_pretrained(output_dir)
+            with foreign.reading(model_dir, "a GGUF file with a tokenizer that transformers can read"):
+                tokenizer = AutoTokenizer.from_pretrained(model_dir, gguf_file=only_file(model_dir).name)
+            tokenizer.save_pretrained(output_dir)
 
 
 def whole(path: Path):

@@ -23,11 +23,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import lrec
-from lrec import anatomy, checkpoint, embeddings, formats
+from lrec import anatomy, checkpoint, documents, embeddings, formats
 from lrec.integrations.on_the_fly import PackWeight, plan, quantizer_of
 from lrec.nn import PackedModule, packed_modules, replace
 
 FORMAT_VERSION = 1
+WHERE = "the quantization_config of lrec in config.json"
 
 
 class LrecQuantConfig(QuantizationConfigMixin):
@@ -60,6 +61,7 @@ class LrecQuantConfig(QuantizationConfigMixin):
                 f"{FORMAT_VERSION}; upgrade lrec"
             )
         others.pop("quant_method", None)
+        documents.check({"layers": layers, "settings": settings, "meta": meta}, documents.PackedConfig, WHERE)
         self.quant_method = "lrec"
         self.format_version = format_version
         self.method = method
@@ -222,6 +224,7 @@ def install(model: nn.Module, layers: list[dict]) -> None:
     problems = []
     for group in layers:
         spec = group["spec"]
+        formats.check_spec(spec)
         for name in group["modules"]:
             # A checkpoint of a model with a head also loads into the model without, and the other way round.
             spellings = (name, name.removeprefix(prefix), prefix + name)
@@ -262,6 +265,18 @@ def check_loaded(model: nn.Module, layers: dict[str, PackedModule]) -> None:
         raise ValueError(
             f"the checkpoint lacks {len(missing)} tensors that its config.json names:\n" + "\n".join(missing)
         )
+    wrong = [f"{name}: {fault}" for name, layer in layers.items() if (fault := _odd_values(layer))]
+    if wrong:
+        raise ValueError(f"{len(wrong)} packed layers are damaged:\n" + "\n".join(wrong))
+
+
+def _odd_values(layer: PackedModule) -> str | None:
+    """What of a layer's stored numbers points outside of its weight."""
+    try:
+        layer.packed.check_values()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _restore(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
