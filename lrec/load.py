@@ -46,6 +46,14 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def auto_class(config):
+    """The class of transformers that builds a model of this configuration: for images and text, else a causal LM."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
 def tokenizer(model: str):
     """The tokenizer of a model. Raises ValueError if the directory has none."""
     from transformers import AutoTokenizer
@@ -58,7 +66,8 @@ def tokenizer(model: str):
 
 
 def model(name: str, adapter: str | None = None, device: str = "auto", dtype: str = "auto") -> nn.Module:
-    """The causal LM in evaluation mode, dense or packed, with a peft adapter on top if one is named.
+    """The causal LM, or model of images and text, in evaluation mode, dense or packed, under a peft adapter if one is
+    named.
 
     Raises ValueError for a missing or damaged directory, and for an adapter made for another base.
     """
@@ -68,9 +77,8 @@ def model(name: str, adapter: str | None = None, device: str = "auto", dtype: st
     checkpoint.weight_files(path)
     place = device_of(device)
     try:
-        found = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype_of(dtype, place), device_map={"": place}
-        )
+        made_by = auto_class(transformers.AutoConfig.from_pretrained(path))
+        found = made_by.from_pretrained(path, dtype=dtype_of(dtype, place), device_map={"": place})
     except OSError as error:
         raise ValueError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
     if adapter is not None:

@@ -7,7 +7,7 @@ open, and what is written to one is there three times: as tensors, as their byte
 
 from torch import nn
 
-from lrec import anatomy, shapes, trained
+from lrec import anatomy, experts, shapes, trained
 from lrec.head import output_layer
 from lrec.memory import Prediction, Setup, kernel_bytes
 from lrec.rehearsal import rehearse
@@ -19,17 +19,18 @@ def quantizing(config, setup: Setup, calibration_tokens: int) -> Prediction:
     holds of its largest weight in float32."""
     model = shapes.skeleton(config, setup.dtype)
     blocks = anatomy.find_blocks(model).modules
-    linears = anatomy.linears(blocks[0]).values()
-    widest = max(linear.in_features for linear in linears)
-    inputs = {linear.in_features for linear in linears}
+    linears = max((anatomy.linears(block) for block in blocks), key=len)
+    own = [linear.in_features for name, linear in linears.items() if experts.is_part(name)]
+    inputs = {linear.in_features for name, linear in linears.items() if not experts.is_part(name)}
+    widest = max(linear.in_features for linear in linears.values())
     states = calibration_tokens * output_layer(model).in_features * setup.dtype.itemsize
     moments = ends(model, setup, states) | {
         "block": {
             "block": max(map(_block_bytes, blocks)),
             "hidden states": states,
-            # Each group of linears that share an input has a Hessian until its turn comes.
-            "statistics": 4 * (sum(k * k for k in inputs) + 2 * min(inputs) ** 2) + 3 * 4 * widest**2,
-            "solver": 4 * 4 * max(linear.weight.numel() for linear in linears),
+            # Each group of linears that share an input has a Hessian until its turn comes, and each of an expert's.
+            "statistics": 4 * (sum(k * k for k in [*inputs, *own]) + 2 * min(inputs) ** 2) + 3 * 4 * widest**2,
+            "solver": 4 * 4 * max(linear.weight.numel() for linear in linears.values()),
         },
     }
     if setup.reconstruct_epochs:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 from lrec import assembly, checkpoint, processes, text
-from lrec.blocks import PassSettings
 from lrec.correction import Train, whole_checkpoints
 from lrec.options import setting
+from lrec.pass_settings import PassSettings
 from lrec.quantizers import Quantizer
 from lrec.runs import Export, Quantize
 

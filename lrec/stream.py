@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrec import anatomy, checkpoint
+from lrec import anatomy, checkpoint, experts, load
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
@@ -40,7 +40,8 @@ class BlockCall:
 
 
 class StreamedModel:
-    """A causal LM from a local directory with only its embeddings, norms and head in memory.
+    """A causal LM, or the text side of a model that sees too, from a local directory, with only its embeddings, norms
+    and head in memory (and what reads images).
 
     `blocks` are the decoder blocks, empty (on the meta device) unless loaded; `dtype` is that of computation.
     Raises ValueError for a directory that is no causal LM or has no safetensors, or a model without decoder blocks.
@@ -48,7 +49,7 @@ class StreamedModel:
 
     def __init__(self, directory: Path, dtype: torch.dtype, device: str | torch.device = "cpu"):
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         self.directory, self.dtype, self.device = Path(directory), dtype, torch.device(device)
         checkpoint.verify(self.directory)
@@ -56,7 +57,7 @@ class StreamedModel:
         try:
             self.config = AutoConfig.from_pretrained(self.directory)
             with init_empty_weights(include_buffers=False):
-                self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
+                self.model = load.auto_class(self.config).from_config(self.config, dtype=dtype).eval()
         except (OSError, KeyError) as error:
             raise ValueError(
                 f"{directory} is not a causal language model that transformers can build: {error}"
@@ -65,6 +66,7 @@ class StreamedModel:
         self.anatomy = anatomy.find_blocks(self.model)
         self.blocks = self.anatomy.modules
         self.keys = self._keys_by_part(files)
+        experts.unfuse(self.model)
         self._load_keys(self.keys[None])
         self.model.tie_weights()
         self._settle_rest()
@@ -74,7 +76,9 @@ class StreamedModel:
 
     def load(self, index: int) -> nn.Module:
         """The block with its weights in memory, on the model's device."""
+        experts.fuse(self.blocks[index])  # as the loader knows them
         self._load_keys(self.keys[index])
+        experts.unfuse(self.blocks[index])
         missing = [name for name, tensor in self.blocks[index].state_dict().items() if tensor.is_meta]
         if missing:
             raise ValueError(f"{self.directory} has no weights for {self.anatomy.name(index)}: {', '.join(missing)}")
