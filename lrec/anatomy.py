@@ -1,14 +1,18 @@
 """Where a decoder model keeps its blocks and linears, found by looking and never by name.
 
-The blocks are the model's largest list of like modules; the linears are the `nn.Linear`s inside one of them; which of
-those see the same input tensor is found by running the block once with hooks. A model that does not fit this shape is
-refused with what was found instead.
+The blocks are the largest list of like modules in what decodes text; the linears are the `nn.Linear`s inside one of
+them, those of experts among them (lrec.experts) but not what routes tokens to these; which see the same input tensor is
+found by running the block once with hooks. A model that does not fit this shape is refused with what was found instead.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+
+from lrec import experts
+from lrec.nn import PackedLinear, PackedModule
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,15 @@ class Blocks:
 def find_blocks(model: nn.Module) -> Blocks:
     """The decoder blocks: of all outermost ModuleLists whose items share one class, the one with most linear weights.
 
-    Raises ValueError that lists the ModuleLists found if none holds an `nn.Linear`.
+    Where a model reads images or sound too, only what transformers calls its decoder is looked at. Raises ValueError
+    that lists the ModuleLists found if none holds an `nn.Linear`.
     """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = {*decoder.modules()}
     lists = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and module in inside
     }
     outermost = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
     alike = {n: m for n, m in outermost.items() if len({type(item) for item in m}) == 1}
@@ -49,8 +58,31 @@ def in_block(name: str) -> bool:
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of a block by their name inside it, in the order they were defined."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    """The linears of a block by their name inside it, in the order they were defined.
+
+    Routers are none of them, nor are subclasses of `nn.Linear` that do something else: they would not do it packed.
+    """
+    routers = experts.routers(block)
+    return {name: module for name, module in block.named_modules() if is_linear(module) and name not in routers}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module does what `nn.Linear` does, and nothing more."""
+    return isinstance(module, PackedLinear) or getattr(type(module), "forward", None) is nn.Linear.forward
+
+
+def unpacked(model: nn.Module) -> str | None:
+    """A pattern of the full names of what holds linears but no packed ones, for peft to leave alone when it adapts all
+    linears: towers that read images, routers. None if there is nothing such; the output head peft leaves alone itself.
+    """
+    names, head = [], model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head or hasattr(module, "base_layer") or any(name.startswith(f"{known}.") for known in names):
+            continue
+        inside = [m for m in module.modules() if isinstance(m, nn.Linear) and m is not head]
+        if name and inside and not any(isinstance(m, PackedModule) for m in inside):
+            names.append(name)
+    return "|".join(rf"(.*\.)?{re.escape(name)}(\..*)?" for name in names) or None
 
 
 def check_finite(block: nn.Module, name: str) -> None:

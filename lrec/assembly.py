@@ -114,13 +114,14 @@ class Assembly:
         path = self._factor_file(index)
         return lowrank.load(path) if path.exists() else {}
 
-    def finish(self, config, about: dict, base_dir: Path, quantized_share: float) -> dict:
+    def finish(self, config, about: dict, base_dir: Path, found: dict) -> dict:
         """Writes tokenizer, config, index, report and manifest; returns the report.
 
         `config` is the model's configuration; `about` says method, settings and base, and goes into its
-        quantization_config and into the manifest. All processes return once everything is written.
+        quantization_config and into the manifest. `found` is what the report says of the whole
+        model. All processes return once everything is written.
         """
-        report = self._report() | {"quantized_share": quantized_share}
+        report = self._report() | found
         if processes.is_main():
             self._write_rest(config, about, base_dir, report)
         processes.wait()

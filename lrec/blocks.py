@@ -13,57 +13,39 @@ statistics of their inputs; then they divide the block's layers, and tell each o
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lrec import allocation, anatomy, blockwise, checkpoint, embeddings, end_loss, lowrank, processes, registry, sweep
+from lrec import (
+    allocation,
+    anatomy,
+    blockwise,
+    checkpoint,
+    embeddings,
+    end_loss,
+    experts,
+    inputs,
+    left_out,
+    lowrank,
+    processes,
+    registry,
+    sweep,
+)
 from lrec.assembly import Assembly
 from lrec.calibration import Calibration
 from lrec.formats import Packed
-from lrec.inputs import collect
 from lrec.nn import replace
-from lrec.options import setting
+from lrec.pass_settings import PassSettings
 from lrec.progress import Progress
 from lrec.quantizers import Quantizer, quantize_layer
-from lrec.reconstruct import Reconstruct, Stream
+from lrec.reconstruct import Stream
 from lrec.rows import energy, layer_row, packed_row
 from lrec.statistics import Statistics, matched
 from lrec.stream import BlockCall, StreamedModel, advance, trim
-
-
-@dataclass(frozen=True, kw_only=True)
-class PassSettings(Reconstruct):
-    """How the pass runs, whatever the quantizer."""
-
-    init_rank: int = setting(32, "rank of the closed-form adapter factors stored with the model (0: none)")
-    correct_stream: bool = setting(
-        False, "let later blocks see outputs corrected by the factors: better with adapters, worse without them"
-    )
-    match_upstream: float = setting(
-        0.0, "how far, 0 to 1, layers and factors make up for drift upstream (GPTAQ); at 2 bits no gain was measured"
-    )
-    end_loss_hessian: bool = setting(
-        False, "tokens count by their effect on the full model's output; a backward pass, 4096 tokens' states a block"
-    )
-    batch_size: int = setting(1, "windows run through a block at once: more take more memory")
-    bits_map: str | None = setting(
-        None, "bits of layers by name, the last match holds: down_proj=3,re:.*layers\\.0\\..*=4 (none: bits for all)"
-    )
-    target_bpw: float | None = setting(
-        None, "stored bits per weight to meet with the least error, in place of bits; measures all widths first"
-    )
-    quantize_embeddings: int | None = setting(None, "bits of embeddings and output head: 8 or 4 (none: as they are)")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.match_upstream <= 1:
-            raise ValueError(f"match_upstream = {self.match_upstream}; allowed: 0 (not at all) to 1")
-        if self.quantize_embeddings:
-            embeddings.check_bits(self.quantize_embeddings)
 
 
 class Pass:
@@ -99,6 +81,7 @@ class Pass:
             raise ValueError(
                 f"{registry.name_of(type(quantizer))} needs calibration ({wanted}); name a text with --dataset"
             )
+        check_pairing(streamed, self.settings)
         self.second_stage = blockwise.wanted(quantizer, self.settings)
         self.own_windows = calibration.own(self.settings.batch_size) if calibration else None
         self.about = {
@@ -119,6 +102,7 @@ class Pass:
         if self.ruled:
             self.about["bits_map"] = self.settings.bits_map
         self.assembly = Assembly(output_dir, self._fingerprint(), len(streamed))
+        self.routed: dict[str, dict] = {}  # what the report says of the tokens of an expert's linears
         self.token_weights: dict[str, dict[str, Tensor]] = {}  # by block and linear, where the end loss weighs tokens
         # Not in the fingerprint: the sweep serves any target, and a block that is done knows its bits.
         if self.settings.target_bpw is not None:
@@ -162,7 +146,9 @@ class Pass:
         share = weights / (weights + dense)
         if not self.settings.quantize_embeddings:
             self.assembly.save_rest(streamed.stored(None), [])
-        return self.assembly.finish(streamed.config, self.about, streamed.directory, share)
+        stored_dtype = getattr(streamed.config, "dtype", None) or streamed.dtype
+        found = {"quantized_share": share} | left_out.told(streamed.model, streamed.anatomy, weights, stored_dtype)
+        return self.assembly.finish(streamed.config, self.about, streamed.directory, found)
 
     @torch.no_grad()
     def _pack_embeddings(self) -> None:
@@ -234,7 +220,7 @@ class Pass:
         layers = processes.each(list(seen), quantize, cost)
         for linear, (packed, row, pair) in Progress(layers, name, "layer", inner=True, total=len(seen)):
             del linears[linear], seen[linear]
-            rows.append(row | told)
+            rows.append(row | told | self.routed.get(row["name"], {}))
             if pair is not None:
                 factors[f"{name}.{linear}"] = tuple(part.to(self.streamed.device) for part in pair)
             replace(block, linear, packed.to(self.streamed.device))
@@ -272,26 +258,36 @@ class Pass:
 
         `full`, the full-precision model's states, are moved on behind the block."""
         # Found once, by the first window: another one's might reach other experts.
-        groups = processes.from_main(lambda: anatomy.shared_inputs(block, lambda: call(block, states[0][:1])))
-        unseen = sorted(set(anatomy.linears(block)) - {linear for group in groups for linear in group})
-        if unseen:
-            raise ValueError(f"{name}: the calibration text never reaches {', '.join(unseen[:4])}; use more text")
+        run = partial(call, block, states[0][:1])
+        groups = processes.from_main(lambda: inputs.groups(block, name, run))
         needs = self.quantizer.needs | {"hessian"}
         runs = [partial(call, block, state) for state in states]
         weights = end_loss.of_groups(self.token_weights.get(name, {}), block, groups, self.settings.batch_size)
-        if full is None:
-            return groups, collect(block, groups, needs, runs, weights=weights)
-        cross = {"cross"} if self.settings.match_upstream else set()
-        beside = [partial(advance, block, name, full, call, i) for i in range(len(full))]
-        return groups, collect(block, groups, needs | cross, runs, beside, weights)
+        with inputs.attending(block, runs, self.settings.min_expert_tokens) as routed:
+            self.routed = {f"{name}.{linear}": told for linear, told in routed.items()}
+            if full is None:
+                return groups, inputs.collect(block, groups, needs, runs, weights=weights)
+            cross = {"cross"} if self.settings.match_upstream else set()
+            beside = [partial(advance, block, name, full, call, i) for i in range(len(full))]
+            return groups, inputs.collect(block, groups, needs | cross, runs, beside, weights)
 
     def _tensors(self, block: nn.Module, index: int) -> dict[str, Tensor]:
         """All tensors of a block by full name; what is not packed is as the checkpoint has it, in its own dtype."""
-        stored, prefix = self.streamed.stored(index), self.streamed.anatomy.name(index)
-        return {f"{prefix}.{key}": stored.get(f"{prefix}.{key}", tensor) for key, tensor in block.state_dict().items()}
+        prefix = f"{self.streamed.anatomy.name(index)}."
+        stored = {key.removeprefix(prefix): tensor for key, tensor in self.streamed.stored(index).items()}
+        return {f"{prefix}{key}": stored.get(key, tensor) for key, tensor in block.state_dict().items()}
 
     def _fingerprint(self) -> str:
         ids = self.calibration and self.calibration.sha256()
         settings = asdict(self.settings) | {"target_bpw": None}
         parts = [self.about, settings, ids, str(self.streamed.dtype)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def check_pairing(streamed: StreamedModel, settings: PassSettings) -> None:
+    """Raises ValueError for `match_upstream` with experts, whose tokens in one model are not those in the other."""
+    if settings.match_upstream and any(experts.unfused(streamed.model)):
+        raise ValueError(
+            "match_upstream pairs each token's inputs in both models, but drift routes tokens to other experts; "
+            "leave it out for a mixture of experts"
+        )

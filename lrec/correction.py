@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from lrec import (
+    anatomy,
     assembly,
     checkpoint,
     checkpoints,
@@ -212,7 +213,7 @@ class Train(Learning, Text, Place):
         from lrec import lowrank, pooling
 
         torch.manual_seed(self.seed)
-        model = get_peft_model(base, self.peft_config())
+        model = get_peft_model(base, self.peft_config(base))
         if self.lora_pool:
             if self.lora_init == "closed_form":
                 raise ValueError("the stored factors are no pooled ones: with --lora_pool start from --lora_init zero")
@@ -227,11 +228,12 @@ class Train(Learning, Text, Place):
             lowrank.initialise(model, lowrank.load(factors))
         return self.in_dtype(model)
 
-    def peft_config(self):
+    def peft_config(self, model):
         """New adapters as these settings describe them."""
         from peft import LoraConfig
 
         return LoraConfig(
+            exclude_modules=anatomy.unpacked(model) if self.lora_target_modules == "all-linear" else None,
             r=self.lora_r,
             lora_alpha=self.lora_r if self.lora_alpha is None else self.lora_alpha,
             lora_dropout=self.lora_dropout,

@@ -172,7 +172,7 @@ class Finetune(Train):
             )
         model = PeftModel.from_pretrained(base, self.adapter, adapter_name=checkpoint.CORRECTION)
         torch.manual_seed(self.seed)
-        model.add_adapter("default", self.peft_config())
+        model.add_adapter("default", self.peft_config(model))
         load.activate(model, [checkpoint.CORRECTION, "default"], learning="default")
         return self.in_dtype(model)
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrec import anatomy, formats, rewrite
+from lrec import anatomy, formats, inputs, rewrite
 from lrec.assembly import Assembly
 from lrec.formats.uniform import Uniform
-from lrec.inputs import collect
 from lrec.lora_files import LoraFiles
 from lrec.nn import PackedLinear, replace
+from lrec.pass_settings import PassSettings
 from lrec.progress import Progress
 from lrec.quantizers import quantize_layer
 from lrec.quantizers.gptq import GPTQ
@@ -98,7 +98,7 @@ def fold(streamed: StreamedModel, adapter: LoraFiles, ids: Tensor | None, output
     rest = streamed.stored(None)
     rows = fold_rest(streamed.directory, rest, adapter)
     assembly.save_rest(rest, rows)
-    assembly.finish(streamed.config, about, streamed.directory, share)
+    assembly.finish(streamed.config, about, streamed.directory, {"quantized_share": share})
 
 
 def fold_rest(model_dir: Path, tensors: dict[str, Tensor], adapter: LoraFiles) -> list[dict]:
@@ -120,9 +120,11 @@ def fold_block(block: nn.Module, name: str, adapter: LoraFiles, states: list[Ten
     before = {n: m.packed for n, m in anatomy.linears(block).items() if isinstance(m, PackedLinear)}
     groups, seen, rows = [], [], []
     if adapted:
-        groups = anatomy.shared_inputs(block, lambda: call(block, states[0][:1]))
+        groups = inputs.groups(block, name, lambda: call(block, states[0][:1]))
         groups = [kept for group in groups if (kept := [linear for linear in group if linear in adapted])]
-        seen = collect(block, groups, GPTQ.needs, [partial(call, block, state) for state in states])
+        runs = [partial(call, block, state) for state in states]
+        with inputs.attending(block, runs, PassSettings.min_expert_tokens):
+            seen = inputs.collect(block, groups, GPTQ.needs, runs)
     for group, statistics in zip(groups, seen, strict=True):
         for linear in group:
             layer, w_NK = f"{name}.{linear}", block.get_submodule(linear).weight

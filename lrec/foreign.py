@@ -83,16 +83,23 @@ def config(directory: Path, **how):
         return AutoConfig.from_pretrained(directory, trust_remote_code=_trusted, **how)
 
 
+def auto_class(config):
+    """The class of transformers that builds a model of this configuration: for images and text, else a causal LM."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
 def skeleton(config, directory: Path, dtype: torch.dtype | None = None):
-    """The causal LM of a configuration, without weights. Raises ValueError if transformers has none."""
+    """The model of a configuration (see `auto_class`), without weights. Raises ValueError if transformers has none."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     with (
         reading(directory, "a causal language model that transformers can build"),
         init_empty_weights(include_buffers=False),
     ):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=_trusted)
+        return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=_trusted)
 
 
 def check_sizes(told: dict, directory: Path) -> None:

@@ -62,11 +62,11 @@ def tokenizer(model: str):
 
 
 def model(name: str, adapter: str | None = None, device: str = "auto", dtype: str = "auto") -> nn.Module:
-    """The causal LM in evaluation mode, dense or packed, with a peft adapter on top if one is named.
+    """The causal LM, or model of images and text, in evaluation mode, dense or packed, under a peft adapter if one is
+    named.
 
     Raises ValueError for a missing or damaged directory, and for an adapter made for another base.
     """
-    import transformers
 
     path = text.model_path(name)
     checkpoint.check_files(path)
@@ -74,7 +74,7 @@ def model(name: str, adapter: str | None = None, device: str = "auto", dtype: st
     place = device_of(device)
     config = foreign.config(path)
     with foreign.reading(path, "a model that transformers can load"):
-        found = transformers.AutoModelForCausalLM.from_pretrained(
+        found = foreign.auto_class(config).from_pretrained(
             path,
             config=config,
             dtype=dtype_of(dtype, place),

@@ -7,7 +7,7 @@ open, and what is written to one is there three times: as tensors, as their byte
 
 from torch import nn
 
-from lrec import anatomy, end_loss, shapes, trained
+from lrec import anatomy, end_loss, experts, shapes, trained
 from lrec.head import output_layer
 from lrec.memory import Prediction, Setup, kernel_bytes
 from lrec.rehearsal import rehearse
@@ -23,17 +23,18 @@ def quantizing(config, setup: Setup, calibration_tokens: int) -> Prediction:
     """
     model = shapes.skeleton(config, setup.dtype)
     blocks = anatomy.find_blocks(model).modules
-    block_bytes, linears = max(map(_block_bytes, blocks)), anatomy.linears(blocks[0]).values()
+    block_bytes, named = max(map(_block_bytes, blocks)), max((anatomy.linears(block) for block in blocks), key=len)
+    linears, own = named.values(), [linear.in_features for name, linear in named.items() if experts.is_part(name)]
+    inputs = {linear.in_features for name, linear in named.items() if not experts.is_part(name)}
     widest = max(linear.in_features for linear in linears)
-    inputs = {linear.in_features for linear in linears}
     state_bytes = output_layer(model).in_features * setup.dtype.itemsize
     kept = {"hidden states": calibration_tokens * state_bytes}
     if setup.match_upstream or setup.reconstruct_epochs:
         kept["full model's hidden states"] = kept["hidden states"]
     if setup.end_loss_hessian:
         kept["token weights"] = 4 * calibration_tokens * len(blocks) * (len(linears) + 1)
-    # Each group of linears that share an input has a Hessian until its turn comes.
-    hessians = 4 * (sum(k * k for k in inputs) + 2 * min(inputs) ** 2)
+    # Each group of linears that share an input has a Hessian until its turn comes, and each of an expert's.
+    hessians = 4 * (sum(k * k for k in [*inputs, *own]) + 2 * min(inputs) ** 2)
     moments = ends(model, setup, kept) | {
         "block": kept
         | {

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from lrec import assembly, checkpoint, documents, effort, load, options, processes, report, text
-from lrec.blocks import PassSettings
 from lrec.correction import Train
 from lrec.learning import Learning
 from lrec.options import setting
+from lrec.pass_settings import PassSettings
 from lrec.quantizers import Quantizer
 from lrec.runs import Export, Quantize, Text, total_bytes
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from lrec import assembly, checkpoint, documents, lock, processes, text
-from lrec.blocks import PassSettings
 from lrec.checkpoints import whole_checkpoints
 from lrec.correction import Train
 from lrec.options import setting
+from lrec.pass_settings import PassSettings
 from lrec.quantizers import Quantizer
 from lrec.runs import Export, Quantize
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lrec import anatomy, checkpoint, formats
+from lrec import anatomy, checkpoint, experts, formats
 from lrec.formats import Packed
 from lrec.progress import Progress
 from lrec.report import packed_config
@@ -65,6 +65,16 @@ def without_adapter(adapter_dir: Path | None, target: str) -> None:
         )
 
 
+def without_experts(model_dir: Path, target: str) -> None:
+    """Raises ValueError if experts are packed: they are layers of their own here, and one tensor to the readers."""
+    if parts := [name for name in kinds(model_dir) if experts.is_part(name)]:
+        raise ValueError(
+            f"{target} cannot hold {model_dir}: {parts[0]} and {len(parts) - 1} more are single experts' matrices, and "
+            "its readers take fused experts only in layouts of their own, which lrec does not write. Nearest that can: "
+            "--format merged"
+        )
+
+
 def zero_kind(spec: dict) -> str:
     """How a uniform layer stores zero points: none (symmetric), int or float."""
     kind = spec["tensors"].get("zero")
@@ -87,11 +97,10 @@ def misfit(spec: dict) -> str | None:
 
 
 def unpacked(streamed: StreamedModel, specs: dict[str, dict]) -> list[str]:
-    """The linears inside the blocks that are not packed."""
-    names = [
-        f"{streamed.anatomy.name(i)}.{n}" for i, block in enumerate(streamed.blocks) for n in anatomy.linears(block)
-    ]
-    return [name for name in names if name not in specs]
+    """The linears that are not packed: some inside the blocks, and what reads images. The output head is apart."""
+    head = streamed.model.get_output_embeddings()
+    linears = {name: module for name, module in streamed.model.named_modules() if isinstance(module, nn.Linear)}
+    return [name for name, module in linears.items() if name not in specs and module is not head]
 
 
 def rewrite(streamed: StreamedModel, output_dir: Path, convert: Convert, dtype: torch.dtype | None = None) -> None:
@@ -108,6 +117,7 @@ def rewrite(streamed: StreamedModel, output_dir: Path, convert: Convert, dtype: 
                 weight = formats.build({held: tensors.pop(f"{name}.{held}") for held in spec["tensors"]}, spec)
                 own = convert(name, weight) if anatomy.in_block(name) else decoded(weight, streamed)
                 tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
+        tensors = experts.fuse_tensors(streamed.model, tensors)
         if dtype is not None:
             tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         path = output_dir / f"model-{len(shards) + 1:05}-of-{len(streamed) + 1:05}.safetensors"

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrec import anatomy, checkpoint, embeddings, foreign, formats, text
+from lrec import anatomy, checkpoint, embeddings, experts, foreign, formats, text
 from lrec.formats import Packed
 from lrec.formats.uniform import RUN, Uniform, check, groups
 from lrec.nn import PackedLinear, replace
@@ -94,13 +94,13 @@ def random_uniform(spec: dict, generator: torch.Generator) -> Packed:
 def skeleton(config, dtype: torch.dtype) -> nn.Module:
     """The causal LM of a configuration on the meta device, frozen. Raises ValueError if transformers has none."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=foreign.trusted())
+            model = foreign.auto_class(config).from_config(config, dtype=dtype, trust_remote_code=foreign.trusted())
     except (KeyError, ValueError) as error:
         raise ValueError(f"transformers builds no causal LM from a {type(config).__name__}: {error}") from error
+    experts.unfuse(model)
     model.tie_weights()  # the context manager has made a parameter of each use
     return model.requires_grad_(False)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrec import anatomy, checkpoint, foreign
+from lrec import anatomy, checkpoint, experts, foreign
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
@@ -40,7 +40,8 @@ class BlockCall:
 
 
 class StreamedModel:
-    """A causal LM from a local directory with only its embeddings, norms and head in memory.
+    """A causal LM, or the text side of a model that sees too, from a local directory, with only its embeddings, norms
+    and head in memory (and what reads images).
 
     `blocks` are the decoder blocks, empty (on the meta device) unless loaded; `dtype` is that of computation.
     Raises ValueError for a directory that is no causal LM or has no safetensors, or a model without decoder blocks.
@@ -57,6 +58,7 @@ class StreamedModel:
         self.anatomy = anatomy.find_blocks(self.model)
         self.blocks = self.anatomy.modules
         self.keys = self._keys_by_part(files)
+        experts.unfuse(self.model)
         with foreign.reading(self.directory, f"a checkpoint of {type(self.model).__name__}"):
             self._load_keys(self.keys[None])
             self.model.tie_weights()
@@ -67,8 +69,10 @@ class StreamedModel:
 
     def load(self, index: int) -> nn.Module:
         """The block with its weights in memory, on the model's device."""
+        experts.fuse(self.blocks[index])  # as the loader knows them
         with foreign.reading(self.directory, f"a checkpoint of {type(self.model).__name__}"):
             self._load_keys(self.keys[index])
+        experts.unfuse(self.blocks[index])
         missing = [name for name, tensor in self.blocks[index].state_dict().items() if tensor.is_meta]
         if missing:
             raise ValueError(f"{self.directory} has no weights for {self.anatomy.name(index)}: {', '.join(missing)}")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrec import checkpoint, conversations, evaluate, load, processes, report
-from lrec.blocks import PassSettings
 from lrec.finetune import Finetune, FinetuneConfig
 from lrec.options import setting
+from lrec.pass_settings import PassSettings
 from lrec.quantizers import Quantizer
 from lrec.recipe import Recipe
 from lrec.runs import total_bytes

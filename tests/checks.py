@@ -48,18 +48,23 @@ def tiny_llama(seed=0, **changes):
 
 def tiny_model(directory, max_shard_size="50GB", **changes):
     """Saves `tiny_llama(**changes)` with a byte-level tokenizer of its 256 ids into a directory; returns the model."""
+    model = tiny_llama(**changes)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    tiny_tokenizer(directory)
+    return model
+
+
+def tiny_tokenizer(directory):
+    """Saves a byte-level tokenizer of 256 ids into a directory."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    model = tiny_llama(**changes)
-    model.save_pretrained(directory, max_shard_size=max_shard_size)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {"<eos>": 0} | {letter: i for i, letter in enumerate(letters[:255], 1)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(directory)
-    return model
 
 
 def run_together(job, count=2):

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lrec"
 # A module may import from its own floor and from those below it (earlier in this list).
 FLOORS = [
-    "registry options machine picture documents lock processes curves memory_curve progress",
+    "registry options machine picture documents lock processes curves memory_curve progress experts",
     "formats",
     "grid kernels statistics",
     "quantizers nn",
@@ -20,7 +20,7 @@ FLOORS = [
     "watch training_progress training_state",
     "integrations conversations pooling",
     "stream load assembly calibration allocation sweep blockwise reconstruct inputs meter forward step ends shapes "
-    "rehearsal offload lora_files end_loss rows",
+    "rehearsal offload lora_files end_loss rows left_out pass_settings",
     "blocks capture trainer evaluate export report bench memory pass_memory estimate rewrite fold touch_up imports",
     "effort learning",
     "runs correction hub",

@@ -36,9 +36,7 @@ class Export:
 
     def logits(self, output_dir: Path, model_dir: Path, ids: Tensor) -> Tensor:
         """What the export's own reader makes of `ids` (1, L): (1, L, V). `model_dir` is the base."""
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_pretrained(output_dir, dtype=torch.float32)(ids).logits
+        return load.model(str(output_dir), None, "cpu", "float32")(ids).logits
 
 
 Base = Export

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from lrec import card, checkpoint, foreign, text, trained
+from lrec import card, checkpoint, foreign, load, text, trained
 from lrec.export import Export
 from lrec.lora_files import LoraFiles
 from lrec.options import setting
@@ -70,9 +69,8 @@ class Adapter(Export):
     def logits(self, output_dir: Path, model_dir: Path, ids: Tensor) -> Tensor:
         """See `Export.logits`."""
         from peft import PeftModel
-        from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        base = load.model(str(model_dir), None, "cpu", "float32")
         return PeftModel.from_pretrained(base, output_dir)(ids).logits
 
 

@@ -37,6 +37,7 @@ class CompressedTensors(Export):
     def write(self, model_dir: Path, adapter_dir: Path | None, output_dir: Path) -> dict:
         """See `Export.write`. Raises ValueError for an adapter, and naming the layers that the layout cannot hold."""
         rewrite.without_adapter(adapter_dir, "compressed-tensors")
+        rewrite.without_experts(model_dir, "compressed-tensors")
         specs = rewrite.refuse(
             model_dir,
             "compressed-tensors",

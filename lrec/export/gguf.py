@@ -40,6 +40,7 @@ class Gguf(Export):
         """See `Export.write`. Raises ValueError for an adapter, and for layers, a tokenizer or an architecture that
         GGUF cannot hold."""
         rewrite.without_adapter(adapter_dir, "gguf (--format gguf-lora writes the adapter beside it)")
+        rewrite.without_experts(model_dir, "gguf")
         specs = rewrite.refuse(model_dir, "gguf", self.misfit, "Nearest that can: --format merged")
         streamed = StreamedModel(model_dir, torch.float32)
         names = model.Names(type(streamed.model).__name__, streamed.config)

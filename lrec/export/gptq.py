@@ -47,6 +47,7 @@ class Gptq(Export):
     def write(self, model_dir: Path, adapter_dir: Path | None, output_dir: Path) -> dict:
         """See `Export.write`. Raises ValueError for an adapter, and naming the layers that GPTQ cannot hold."""
         rewrite.without_adapter(adapter_dir, "gptq")
+        rewrite.without_experts(model_dir, "gptq")
         specs = rewrite.refuse(
             model_dir, "gptq", misfit, "Nearest that can: --format merged, or quantize with --method gptq"
         )

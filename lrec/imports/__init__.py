@@ -93,7 +93,7 @@ def take_over(model_dir: Path, output_dir: Path) -> dict:
     assembly.save_rest(rest, [])
     about = {"method": method, "settings": {}, "base_model": str(model_dir), "imported_from": told}
     share = weights / sum(anatomy.linear_weights(block) for block in blocks.modules)
-    report = assembly.finish(config, about, model_dir, share)
+    report = assembly.finish(config, about, model_dir, {"quantized_share": share})
     source.finish(model_dir, output_dir)
     return {"source": method} | report
 

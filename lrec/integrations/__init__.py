@@ -13,6 +13,7 @@ from importlib.abc import MetaPathFinder
 AFTER = {
     "transformers.quantizers.auto": "lrec.integrations.transformers",
     "peft.tuners.lora.model": "lrec.integrations.peft",
+    "peft.utils.transformers_weight_conversion": "lrec.integrations.peft_experts",
     "peft.peft_model": "lrec.integrations.stamp",
     "transformers.integrations.peft": "lrec.integrations.stamp",
 }

@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import lrec
-from lrec import anatomy, checkpoint, documents, embeddings, formats
+from lrec import anatomy, checkpoint, documents, embeddings, experts, formats
 from lrec.integrations.on_the_fly import PackWeight, plan, quantizer_of
 from lrec.nn import PackedModule, packed_modules, replace
 
@@ -176,6 +176,7 @@ class LrecHfQuantizer(HfQuantizer):
                 "`unload()` or `merge_and_unload()` first and save what that returns"
             )
         held, specs = self.quantization_config, {name: layer.spec for name, layer in layers.items()}
+        experts.fuse(model)  # those that were merged into dense ones
         if not layers:
             self.remove_quantization_config(model)
         elif {name: group["spec"] for group in held.layers for name in group["modules"]} != specs:
@@ -193,6 +194,7 @@ class LrecHfQuantizer(HfQuantizer):
         layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
         for name, layer in layers.items():
             model.set_submodule(name, layer.to_dense(dtype))
+        experts.fuse(model)
         embeddings.untie(model)
         # Buffers keep their dtype: rotary frequencies are float32 in every model.
         for parameter in model.parameters():
@@ -219,16 +221,19 @@ def install(model: nn.Module, layers: list[dict]) -> None:
 
     Raises ValueError naming each one that the model lacks, or that is no linear layer or embedding of the packed shape.
     """
-    modules = dict(model.named_modules())
     prefix = f"{model.base_model_prefix}."
+    # A checkpoint of a model with a head also loads into the model without, and the other way round.
+    spellings = {
+        name: (name, name.removeprefix(prefix), prefix + name) for group in layers for name in group["modules"]
+    }
+    experts.unfuse(model, (spelling for own in spellings.values() for spelling in own))
+    modules = dict(model.named_modules())
     problems = []
     for group in layers:
         spec = group["spec"]
         formats.check_spec(spec)
         for name in group["modules"]:
-            # A checkpoint of a model with a head also loads into the model without, and the other way round.
-            spellings = (name, name.removeprefix(prefix), prefix + name)
-            own = next((spelling for spelling in spellings if spelling in modules), None)
+            own = next((spelling for spelling in spellings[name] if spelling in modules), None)
             module = modules.get(own)
             if module is None:
                 is_head = model.base_model is model and "." not in name
