@@ -223,9 +223,8 @@ def install(model: nn.Module, layers: list[dict]) -> None:
     """
     prefix = f"{model.base_model_prefix}."
     # A checkpoint of a model with a head also loads into the model without, and the other way round.
-    spellings = {
-        name: (name, name.removeprefix(prefix), prefix + name) for group in layers for name in group["modules"]
-    }
+    names = [name for group in layers for name in group["modules"]]
+    spellings = {name: (name, name.removeprefix(prefix), prefix + name) for name in names}
     experts.unfuse(model, (spelling for own in spellings.values() for spelling in own))
     modules = dict(model.named_modules())
     problems = []
@@ -267,9 +266,7 @@ def check_loaded(model: nn.Module, layers: dict[str, PackedModule]) -> None:
     }
     missing = [name for name, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]
     if missing:
-        raise ValueError(
-            f"the checkpoint lacks {len(missing)} tensors that its config.json names:\n" + "\n".join(missing)
-        )
+        raise ValueError(f"the checkpoint lacks {len(missing)} tensors that config.json names:\n" + "\n".join(missing))
     wrong = [f"{name}: {fault}" for name, layer in layers.items() if (fault := _odd_values(layer))]
     if wrong:
         raise ValueError(f"{len(wrong)} packed layers are damaged:\n" + "\n".join(wrong))
