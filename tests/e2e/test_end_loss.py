@@ -31,7 +31,8 @@ def note(outputs, name, module, args, out):
 
 
 def twin(model, ids_nL, seed=0):
-    """(dl/dy)^2, mean over channels, of every linear by its full name, by one backward pass of the whole model."""
+    """(dl/dy)^2, mean over channels, of every linear and block by its full name, by one backward pass of the whole
+    model."""
     model, generator = model.double(), torch.Generator().manual_seed(seed)
     found = {}
     for ids_1L in ids_nL.split(1):
@@ -40,6 +41,10 @@ def twin(model, ids_nL, seed=0):
             model.get_submodule(name).register_forward_hook(partial(note, outputs, name))
             for name, module in model.model.named_modules(prefix="model")
             if isinstance(module, torch.nn.Linear)
+        ]
+        hooks += [
+            block.register_forward_hook(partial(note, outputs, f"model.layers.{i}."))
+            for i, block in enumerate(model.model.layers)
         ]
         embedded = model.get_input_embeddings()(ids_1L).detach().requires_grad_()
         logits = model(inputs_embeds=embedded, use_cache=False).logits[0, :-1]
@@ -60,7 +65,7 @@ def test_weights_are_the_squared_gradients_of_the_whole_model(place, monkeypatch
     found = end_loss.token_weights(StreamedModel(place / "M", torch.float32), IDS)
     expected = twin(load.model(str(place / "M")), IDS)
     named = {f"model.layers.{i}.{name}": w for i, block in enumerate(found) for name, w in block.items()}
-    assert named.keys() == expected.keys() and len(named) == 14
+    assert named.keys() == expected.keys() and len(named) == 16
     for name, weights in named.items():
         assert weights.shape == IDS.shape
         assert_close(weights, expected[name], 1e-3, name)
