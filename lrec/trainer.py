@@ -48,9 +48,7 @@ class LrecConfig(StepConfig):
     hidden_weight: float = field(
         default=0.0, metadata={"help": "Weight of the relative squared distance between the last hidden states."}
     )
-    hidden_anneal: bool = field(
-        default=False, metadata={"help": "Lower hidden_weight linearly to zero over the training."}
-    )
+    hidden_anneal: bool = field(default=False, metadata={"help": "Lower hidden_weight linearly to zero by the end."})
     temperature: float = field(default=1.0, metadata={"help": "Divides both models' logits in the divergence."})
     divergence: str = field(
         default="forward_kl",

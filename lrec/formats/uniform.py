@@ -64,8 +64,7 @@ class Uniform(Packed):
         """Packs codes; an integer `zero_NG` is stored in `bits` bits, scales and a float zero as they are or, with
         `scale_bits` 8, in 8 bits, which must hold them exactly (`round_scales` and `round_zeros` make them so).
 
-        Raises ValueError for a width that is not 2, 3, 4 or 8, a group size that does not fit scale's shape, or
-        scales and zeros that 8 bits do not hold.
+        Raises ValueError for a width or a group size that does not fit, or scales and zeros that 8 bits do not hold.
         """
         N, K = codes_NK.shape
         group_size = group_size or K
@@ -100,8 +99,7 @@ class Uniform(Packed):
             raise ValueError(f"{bits} bits in groups of {self.group_size}; allowed: {WIDTHS} bits, groups of 1 or more")
         G = groups(K, self.group_size)
         grid = [((*FLOATS, torch.uint8), (N, G))]
-        narrow = self.scale.dtype == torch.uint8
-        if narrow != (self.scale_exponent is not None):
+        if (self.scale.dtype == torch.uint8) != (self.scale_exponent is not None):
             raise ValueError("scales of 8 bits come with scale_exponent, others without")
         return {
             "qweight": [(INT32, (N, words(K, bits)))],
@@ -166,8 +164,7 @@ class Uniform(Packed):
         return tuple(name for kind in kinds for name in self.TRAINED.get(kind, ()) if getattr(self, name) is not None)
 
     def widened(self, fields: Sequence[str]) -> "Uniform":
-        """See `Packed.widened`; where scales have 8 bits, they and a zero of 8 bits become floats together. With codes
-        among the fields the weight becomes a `Latent`."""
+        """See `Packed.widened`; 8-bit scales and zeros become floats together. With codes it becomes a `Latent`."""
         wide = {name: getattr(self, f"{name}s")() for name in fields if name != "qweight"}
         if self.scale.dtype == torch.uint8:
             wide = {"scale": self.scales()} | wide
@@ -208,8 +205,7 @@ class Uniform(Packed):
         return list(found.values())
 
     def slice_gradients(self, rows: slice, dw_nK: Tensor) -> dict[str, Tensor]:
-        """The gradients of these rows of each field, from that of their weights, which is used up: dzero = -scale *
-        sum dW over the group; dscale = sum dW * (q - zero)."""
+        """From dW of these rows, which is used up: by groups, dzero = -scale * sum dW, dscale = sum dW (q - zero)."""
         total_nG = _sum_groups(dw_nK, self.group_size)
         weighted_nG = _sum_groups(dw_nK.mul_(self.codes(rows)), self.group_size)
         scale = torch.addcmul(weighted_nG, total_nG, self.zeros(rows), value=-1)
