@@ -115,7 +115,9 @@ def prepare_model_for_training(
 
     Raises ValueError for packed weights that accelerate brings in for the forward pass alone.
     """
-    away = [name for name, module in packed_modules(model).items() if module.visit is None and module.qweight.is_meta]
+    # A skeleton has no tensors either, but nothing that would bring them in.
+    packed = packed_modules(model).items()
+    away = [name for name, module in packed if module.qweight.is_meta and hasattr(module, "_hf_hook")]
     if away:
         raise ValueError(
             f"{len(away)} packed layers, such as {away[0]}, are offloaded with offload_buffers=True: they are there in "
