@@ -12,7 +12,7 @@ from checks import assert_close, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from lrec import checkpoint, export, load
+from lrec import checkpoint, export, foreign, load
 from lrec.cli import main
 from lrec.nn import PackedLinear
 
@@ -83,7 +83,7 @@ def make(place, name):
     kind, settings = ALL[name]
     config = AutoConfig.for_model(kind, **settings)
     torch.manual_seed(0)
-    load.auto_class(config).from_config(config).save_pretrained(place / "M")
+    foreign.auto_class(config).from_config(config).save_pretrained(place / "M")
     tiny_tokenizer(place / "M")
     (place / "text.txt").write_text(TEXT * 40)
 
@@ -203,7 +203,7 @@ def test_the_report_says_what_is_left_and_why(tmp_path, capsys):
     told = run(capsys, "quantize", *words)
     left = {re.split("[:,]", row["unquantized"])[0]: row["weights"] for row in told["unquantized"]}
     config = AutoConfig.from_pretrained(tmp_path / "M")
-    sizes = {name: p.numel() for name, p in load.auto_class(config).from_config(config).named_parameters()}
+    sizes = {name: p.numel() for name, p in foreign.auto_class(config).from_config(config).named_parameters()}
     routers = sum(size for name, size in sizes.items() if name.endswith("router.weight"))
     vectors = sum(size for name, size in sizes.items() if re.search("norm|bias|sinks", name))
     assert left == {
