@@ -76,8 +76,9 @@ def unpacked(model: nn.Module) -> str | None:
     linears: towers that read images, routers. None if there is nothing such; the output head peft leaves alone itself.
     """
     names, head = [], model.get_output_embeddings()
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
     for name, module in model.named_modules():
-        if module is head or hasattr(module, "base_layer") or any(name.startswith(f"{known}.") for known in names):
+        if module is head or name in adapted or any(name.startswith(f"{known}.") for known in [*names, *adapted]):
             continue
         inside = [m for m in module.modules() if isinstance(m, nn.Linear) and m is not head]
         if name and inside and not any(isinstance(m, PackedModule) for m in inside):

@@ -58,13 +58,16 @@ class Finetune(Train):
         "auto", "start from the factors stored with the packed model, or from zero (auto: zero if on an adapter)"
     )
 
-    @lock.alone
     def run(self, config: FinetuneConfig) -> dict:
         """Trains under `config`; the report. Raises ValueError if the parts do not fit together."""
+        settled = replace(self, lora_init=self.settled_init()) if self.lora_init == "auto" else self
+        return settled.learn(config)
+
+    @lock.alone
+    def learn(self, config: FinetuneConfig) -> dict:
+        """`run`, where `lora_init` is settled."""
         from datasets import Dataset
 
-        if self.lora_init == "auto":
-            return replace(self, lora_init=self.settled_init()).run(config)
         if self.train != "adapters":
             raise ValueError(f"a task is learned by an adapter, not by {self.train}: leave --train out")
         self.check_free(config)

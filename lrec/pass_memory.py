@@ -47,12 +47,14 @@ def quantizing(config, setup: Setup, calibration_tokens: int) -> Prediction:
         moments["reconstruct"] = kept | reconstructing(config, setup) | {"block": block_bytes}
     if setup.end_loss_hessian:
         swept = min(calibration_tokens, end_loss.SWEEP_TOKENS)
-        moments["end loss"] = moments["load"] | {
-            "block": block_bytes,
+        # Of a window a block keeps every linear's input and output for its backward, about. No block is there when the
+        # head's logits are.
+        backward = setup.dtype.itemsize * setup.max_length * sum(m.in_features + m.out_features for m in linears)
+        logits = 3 * 4 * min(setup.max_length, end_loss.CHUNK_TOKENS) * output_layer(model).out_features
+        moments["end loss"] = {
+            "embeddings and head": moments["embed"]["embeddings and head"],
             "hidden states before every block": (len(blocks) + 2) * swept * state_bytes,
-            # What a block keeps of a window for its backward: every linear's input and output, about.
-            "forward": setup.dtype.itemsize * setup.max_length * sum(m.in_features + m.out_features for m in linears),
-            "logits": 3 * 4 * min(setup.max_length, end_loss.CHUNK_TOKENS) * output_layer(model).out_features,
+            "block and its backward, or logits": max(block_bytes + backward, logits),
             "token weights": kept["token weights"],
         }
     if setup.device == "cpu":

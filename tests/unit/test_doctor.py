@@ -32,7 +32,7 @@ def test_this_machine_is_looked_at_and_what_serves_is_right(capsys):
 
 
 def test_every_format_that_a_method_makes_is_multiplied(weights):
-    made = set(registry.names("formats")) - {"indexed"}  # which only imports make
+    made = set(registry.names("formats")) - {"indexed", "latent"}  # which imports and training make
     assert set(weights) == made
     assert all(isinstance(packed, formats.Packed) for packed in weights.values())
     found = rows(doctor.products(weights, torch.device("cpu")))

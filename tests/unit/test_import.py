@@ -24,6 +24,7 @@ from lrec.integrations.transformers import LrecHfQuantizer, LrecQuantConfig
 assert AUTO_QUANTIZATION_CONFIG_MAPPING["lrec"] is LrecQuantConfig
 assert AUTO_QUANTIZER_MAPPING["lrec"] is LrecHfQuantizer
 assert LoraModel._create_new_module.by_lrec
+import peft.utils.transformers_weight_conversion  # which peft itself imports late
 import sys
 assert not any(isinstance(finder, ImportAfter) for finder in sys.meta_path)
 """
@@ -80,6 +81,8 @@ def test_registering_again_changes_nothing():
             list(sys.meta_path),
         )
 
+    for awaited in AFTER:
+        importlib.import_module(awaited)
     before = state()
     integrations.arrange()
     for module in AFTER.values():

@@ -140,9 +140,10 @@ class Tiling:
 
 def refuses(spec: dict, transpose: bool = False) -> str | None:
     """Why the fused product cannot take a weight, or its gradient with `transpose`, in words, or None."""
-    name, tensors = spec["format"], spec["tensors"]
+    name = spec["format"]
     if name not in SCALES:
         return f"it multiplies {', '.join(SCALES)} weights, not {name}"
+    tensors = spec["tensors"]
     if name == "codebook" and "scale" in tensors and spec["shape"][1] % spec["block_size"]:
         return f"blocks of {spec['block_size']} weights that share a scale cross rows of {spec['shape'][1]}"
     weight = Weight.of_spec(spec)
