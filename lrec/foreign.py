@@ -117,9 +117,10 @@ def check_sizes(told: dict, directory: Path) -> None:
     wrong = []
     for section in [told, *(value for value in told.values() if isinstance(value, dict))]:
         for key, value in section.items():
-            most = most_layers if "layers" in key else 2**16 if key.startswith("num_") else widest
+            built = key.startswith(("num_", "n_"))
+            most = most_layers if built and "layer" in key else 2**16 if built else widest
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            sized = "layers" in key or key.startswith("num_") or key.endswith(("_size", "_dim", "_rank"))
+            sized = built or key.endswith(("_size", "_dim", "_rank"))
             if number and (not math.isfinite(value) or (sized and not -1 <= value <= most)):
                 wrong.append(f"{key} = {value}")
     if wrong:

@@ -75,7 +75,8 @@ def test_a_file_that_does_not_fit_is_one_line_and_the_rest_goes_on_later(place, 
     if verb == "quantize":
         num_done = len(json.loads((output / assembly.PROGRESS).read_text())["blocks"])
         shards = sorted(output.glob("model-*.safetensors"))
-        assert len(shards) == num_done and all(checkpoint.open_tensors(shard).keys() for shard in shards)
+        # Of the last block the shard may have fitted and the progress not: then it is made again.
+        assert len(shards) - num_done in (0, 1) and all(checkpoint.open_tensors(shard).keys() for shard in shards)
     assert main([verb, *arguments]) == 0
     assert_same_weights(place / {"quantize": "Q", "cache": "T", "train": "A", "export": "O"}[verb], output)
 
