@@ -25,6 +25,7 @@ class Estimate:
     group_size: int = setting(128, "columns that share a scale and a zero")
     train: str = setting("adapters", "what learns: adapters, scales, zeros, codes by commas, or all (but codes)")
     reconstruct_epochs: int = setting(0, "as `lrec quantize` is told: above 0, blocks are trained when quantizing")
+    reconstruct_reach: float = setting(0.0, "as `lrec quantize` is told: above 0, their codes are trained too")
     match_upstream: float = setting(0.0, "as `lrec quantize` is told: above 0, the full model's states go beside")
     end_loss_hessian: bool = setting(False, "as `lrec quantize` is told: a backward pass of the full model comes first")
     lora_r: int = setting(16, "rank of the adapters on all linears")

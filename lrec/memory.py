@@ -47,6 +47,7 @@ class Setup:
     quantize_embeddings: int | None = None
     train: str = "adapters"
     reconstruct_epochs: int = 0
+    reconstruct_reach: float = 0.0
     match_upstream: float = 0.0
     end_loss_hessian: bool = False
     lora_r: int = 16

@@ -33,13 +33,15 @@ def quantizing(config, setup: Setup, calibration_tokens: int) -> Prediction:
         kept["full model's hidden states"] = kept["hidden states"]
     if setup.end_loss_hessian:
         kept["token weights"] = 4 * calibration_tokens * len(blocks) * (len(linears) + 1)
-    # Each group of linears that share an input has a Hessian until its turn comes, and each of an expert's.
-    hessians = 4 * (sum(k * k for k in [*inputs, *own]) + 2 * min(inputs) ** 2)
+    # Each group of linears that share an input has a Hessian until its turn comes, and each of an expert's; in its turn
+    # it has its inverse and its factor too, and two more matrices where it is matched upstream.
+    sides = 2 if setup.match_upstream else 1
+    hessians = 4 * sides * (sum(k * k for k in [*inputs, *own]) + 2 * min(inputs) ** 2)
     moments = ends(model, setup, kept) | {
         "block": kept
         | {
             "block": block_bytes,
-            "statistics": hessians * (2 if setup.match_upstream else 1) + 3 * 4 * widest**2,
+            "statistics": max(hessians + 2 * 4 * min(inputs) ** 2, (1 + 2 * sides) * 4 * widest**2),
             "solver": 4 * 4 * max(linear.weight.numel() for linear in linears),
         },
     }
@@ -63,11 +65,11 @@ def quantizing(config, setup: Setup, calibration_tokens: int) -> Prediction:
 
 
 def reconstructing(config, setup: Setup) -> dict[str, int]:
-    """What training a block takes beside it: float32 codes, scales and zeros, Adam's two states, and, while a window
-    runs forward and back, what is kept for the gradients and these themselves."""
+    """What training a block takes beside it: float32 scales, zeros and codes (if these have reach), Adam's two states,
+    and, while a window runs forward and back, what is kept for the gradients and these themselves."""
     model = shapes.skeleton(config, setup.dtype)
     shapes.pack_empty(model, config, setup.bits, setup.group_size)
-    trained.start(model, ("scales", "zeros", "codes"))
+    trained.start(model, ("scales", "zeros", *(["codes"] if setup.reconstruct_reach else [])))
     first = anatomy.find_blocks(model).modules[0]
     floats = sum(p.nbytes for p in first.parameters() if p.requires_grad)
     (block, *_) = rehearse(model, 1, setup.max_length)
