@@ -36,7 +36,7 @@ readers: $(READY) .readers/installed
 .readers/installed:
 	echo "building llama.cpp and fetching other readers into .readers (once, ten minutes)"
 	$(PYTHON) -m pip install -qq --no-deps --target .readers llama-cpp-python==0.3.36 diskcache==5.6.3 \
-		compressed-tensors==0.20.0 loguru==0.7.3 hqq==0.2.8.post1 einops==0.8.2 termcolor==3.3.0
+		hqq==0.2.8.post1 einops==0.8.2 termcolor==3.3.0
 	touch $@
 
 fuzz: $(READY) .fuzz/installed

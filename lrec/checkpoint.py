@@ -7,7 +7,7 @@ loaded, so that a truncated or altered file is an error and never a model that i
 import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -180,16 +180,19 @@ def verify(directory: Path) -> None:
     if not (directory / MANIFEST).exists():
         return
     manifest = read_json(directory / MANIFEST, documents.Manifest)
-    if manifest["format_version"] != FORMAT_VERSION:
+    verify_files(directory, manifest, directory.glob("model*.safetensors"), MANIFEST)
+
+
+def verify_files(directory: Path, told: documents.Manifest, found: Iterable[Path], name: str) -> None:
+    """Holds the weight files `found` in a directory to those that its document of this name lists; see `verify`."""
+    if told["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{directory / MANIFEST} has format_version {manifest['format_version']}, "
+            f"{directory / name} has format_version {told['format_version']}, "
             f"this lrec reads {FORMAT_VERSION}; upgrade lrec"
         )
-    files = manifest["files"]
-    wrong = [fault for name, entry in files.items() if (fault := _fault(directory / name, entry))]
-    wrong += [
-        f"{path.name} is not in {MANIFEST}" for path in directory.glob("model*.safetensors") if path.name not in files
-    ]
+    files = told["files"]
+    wrong = [fault for file, entry in files.items() if (fault := _fault(directory / file, entry))]
+    wrong += [f"{path.name} is not in {name}" for path in found if path.name not in files]
     if wrong:
         raise ValueError(f"{directory} is damaged: {'; '.join(wrong)}. Fetch it or make it again.")
 

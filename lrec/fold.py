@@ -2,6 +2,8 @@
 
 Where A is constant over each group of columns (QA-LoRA, 2309.14717) and zero points are floats, s B A is a matter of
 those: w = scale * (q - zero) + d with one d a group is scale * (q - (zero - d / scale)), and codes and scales stay.
+The weights are equal but for one rounding of a zero point to float32. Logits are not bit for bit those of base and
+adapter: W x + s B (A x) adds the same products in another order than W' x, and neither order is nearer to the truth.
 Scales and zeros that were trained take the place of those that were there. Any other sum lies between the points of the
 grid and is rounded again, as in the pass that quantizes (lrec.blocks) but that the target of a layer is Wq + BA. Layers
 without an adapter are carried over.

@@ -1,4 +1,4 @@
-"""`lrec push`: a packed model or an adapter to the Hugging Face Hub, in one commit.
+"""`lrec push`: a packed model, an adapter or an export to the Hugging Face Hub, in one commit.
 
 All that can be refused is refused before the first byte goes: damaged files, a base that only this machine has, quality
 that nobody measured or that is poor. The files go first and then one commit makes them appear together, so that a push
@@ -7,35 +7,23 @@ twice. The directory is only read. (`upload_folder` would commit large folders i
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lrec import assembly, card, checkpoint, foreign, record, report, text
+from lrec import card, parcels, text
 from lrec.options import setting
 
 # Beyond this the Hub refuses a file.
 MAX_FILE_BYTES = 50 * 10**9
-MODEL_FILES = ("config.json", "model.safetensors.index.json", checkpoint.MANIFEST, assembly.REPORT, assembly.LOWRANK)
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", checkpoint.ADAPTER_STAMP)
-# What tells of the run, and so of this machine.
-TELLING = (
-    "config.json",
-    "adapter_config.json",
-    checkpoint.MANIFEST,
-    checkpoint.ADAPTER_STAMP,
-    assembly.REPORT,
-    record.FILE,
-)
 CARRIED = ("license", "license_name", "license_link", "language")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Push:
-    """`lrec push DIRECTORY`: a packed model or an adapter on the Hub, with its card."""
+    """`lrec push DIRECTORY`: a packed model, an adapter or an export on the Hub, with its card."""
 
-    directory: str = field(metadata={"help": "packed model or adapter; it is only read"})
+    directory: str = field(metadata={"help": "packed model, adapter or export; it is only read"})
     repo_id: str = field(metadata={"help": "OWNER/NAME on the Hub"})
     private: bool = setting(False, "only you see the repository; of one that exists this stays as it is")
     base_model: str | None = setting(None, "Hub id of what it was made from (none: as it was fetched)")
@@ -56,11 +44,11 @@ class Push:
             raise ValueError(
                 f"--repo_id {self.repo_id!r} is not OWNER/NAME: give your account and a name for the repository"
             )
-        parts = Model(directory) if not (directory / "adapter_config.json").exists() else Adapter(directory)
+        parts = parcels.of(directory)
         files = parts.files()
         check_sizes(files)
-        measured = record.rows(directory)
-        self.check_quality(measured)
+        measured = parts.measured()
+        self.check_quality(parts, measured)
         base = self.base_of(parts)
         about = {
             "repo_id": self.repo_id,
@@ -74,14 +62,14 @@ class Push:
         with one_line(directory):
             return about | self.send(parts, base, files, measured)
 
-    def check_quality(self, measured: list[dict]) -> None:
+    def check_quality(self, parts: parcels.Parcel, measured: list[dict]) -> None:
         """Raises ValueError, unless forced, for weights that nobody measured, or that measured poorly."""
         if self.force:
             return
         if not measured:
             raise ValueError(
-                f"no evaluation of these weights is on record in {self.directory}: run `lrec evaluate --record` with "
-                "--teacher and a held-out --dataset, or push without by --force"
+                f"no evaluation of these weights is on record in {self.directory}: {parts.measure}, or push without "
+                "by --force"
             )
         for row in measured:
             name, most = ("kl", self.max_kl) if "kl" in row else ("perplexity", self.max_perplexity)
@@ -92,7 +80,7 @@ class Push:
                     "adapter, say)"
                 )
 
-    def base_of(self, parts: "Model | Adapter") -> card.Base:
+    def base_of(self, parts: parcels.Parcel) -> card.Base:
         """The base's Hub id and revision as given or as it was fetched. Raises ValueError if it is a local folder."""
         name, revision = text.origin(parts.base())
         if self.base_model is not None:
@@ -102,11 +90,11 @@ class Push:
         licence = {"license": self.license} if self.license else {}
         return card.Base(name=name, revision=self.base_revision or revision, carried=licence)
 
-    def readme_of(self, parts: "Model | Adapter", base: card.Base, measured: list[dict]) -> str:
+    def readme_of(self, parts: parcels.Parcel, base: card.Base, measured: list[dict]) -> str:
         """The README.md to push."""
         return Path(self.readme).read_text() if self.readme else parts.readme(self.repo_id, base, measured)
 
-    def send(self, parts: "Model | Adapter", base: card.Base, files: list[Path], measured: list[dict]) -> dict:
+    def send(self, parts: parcels.Parcel, base: card.Base, files: list[Path], measured: list[dict]) -> dict:
         """Asks the Hub about the base, makes the repository and commits; the commit's address."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
         from huggingface_hub.errors import LocalTokenNotFoundError
@@ -122,107 +110,14 @@ class Push:
             raise ValueError(f"{self.repo_id} holds {len(old)} files already; --replace puts these in their place")
         names = {path.name for path in files}
         operations = [
-            CommitOperationAdd(path.name, parts.content(path, base) if path.name in TELLING else path) for path in files
+            CommitOperationAdd(path.name, parts.content(path, base) if path.name in parcels.TELLING else path)
+            for path in files
         ]
         operations.append(CommitOperationAdd("README.md", self.readme_of(parts, base, measured).encode()))
         operations += [CommitOperationDelete(n) for n in sorted(old - names) if n.endswith(".safetensors")]
         done = api.create_commit(self.repo_id, operations, commit_message=f"{parts.what}, by lrec")
         licence = base.carried.get("license", "not told by the base: give --license")
         return {"url": f"{api.endpoint}/{self.repo_id}", "commit": done.oid, "license": licence}
-
-
-class Model:
-    """A packed model's directory."""
-
-    what = "Packed model"
-    ask = "give its Hub id by --base_model OWNER/NAME, so that others find it"
-
-    def __init__(self, directory: Path):
-        """Raises ValueError if it holds no packed model, or a damaged one."""
-        self.directory = directory
-        if not (directory / "config.json").exists():
-            raise ValueError(f"{directory} has neither adapter_config.json nor config.json: nothing to push")
-        self.quantization = report.packed_config(directory)
-        checkpoint.verify(directory)
-
-    def files(self) -> list[Path]:
-        """What is pushed, but the card."""
-        told = [self.directory / name for name in (*MODEL_FILES, record.FILE)]
-        found = {*checkpoint.weight_files(self.directory), *checkpoint.tokenizer_files(self.directory)}
-        return sorted(found | {path for path in told if path.exists()})
-
-    def base(self) -> Path:
-        """What it was made from."""
-        return Path(self.quantization.get("meta", {}).get("base_model", ""))
-
-    def content(self, path: Path, base: card.Base) -> bytes:
-        """A file of `TELLING` as others should see it: the base by its id, and no folders of this machine."""
-        value = checkpoint.without_folders(checkpoint.read_json(path))
-        made = {"base_model": base.name, "base_revision": base.revision}
-        if path.name == "config.json":
-            value["quantization_config"]["meta"] |= made
-        elif path.name == checkpoint.MANIFEST:
-            value |= made
-        return dump(value)
-
-    def readme(self, repo_id: str, base: card.Base, measured: list[dict]) -> str:
-        """See `lrec.card`."""
-        size = checkpoint.weights_bytes(self.directory)
-        return card.packed(
-            repo_id, base, checkpoint.without_folders(self.quantization), size, checkpoint.without_folders(measured)
-        )
-
-    def check_base(self, api, base: card.Base) -> None:
-        """A packed model stands on its own."""
-
-
-class Adapter:
-    """An adapter's directory, as `lrec train` or `lrec export --format adapter` writes it."""
-
-    what = "Adapter"
-    ask = "push it first, then give its Hub id by --base_model OWNER/NAME"
-
-    def __init__(self, directory: Path):
-        """Raises ValueError if files are missing or damaged."""
-        self.directory = directory
-        self.config = foreign.lora_config(directory)
-        self.stamp = checkpoint.read_stamp(directory)
-        self.meta = {}
-        if not self.stamp:
-            raise ValueError(
-                f"{directory} does not name the packed weights it was made for (no {checkpoint.ADAPTER_STAMP}): push "
-                "what `lrec train` or `lrec export --format adapter` wrote"
-            )
-        checkpoint.open_tensors(directory / "adapter_model.safetensors")
-
-    def files(self) -> list[Path]:
-        """What is pushed, but the card."""
-        told = [self.directory / name for name in (*ADAPTER_FILES, record.FILE)]
-        return sorted({path for path in told if path.exists()} | {*checkpoint.tokenizer_files(self.directory)})
-
-    def base(self) -> Path:
-        """The packed model it corrects."""
-        return Path(self.config.get("base_model_name_or_path") or "")
-
-    def content(self, path: Path, base: card.Base) -> bytes:
-        """See `Model.content`."""
-        value = checkpoint.without_folders(checkpoint.read_json(path))
-        if path.name == "adapter_config.json":
-            value |= {"base_model_name_or_path": base.name, "revision": base.revision}
-        elif path.name == checkpoint.ADAPTER_STAMP:
-            value |= {"base_model": base.name}
-        return dump(value)
-
-    def readme(self, repo_id: str, base: card.Base, measured: list[dict]) -> str:
-        """See `lrec.card`."""
-        meta, stamp, measured = (checkpoint.without_folders(value) for value in (self.meta, self.stamp, measured))
-        return card.adapter(repo_id, base, meta, self.config, stamp, checkpoint.weights_bytes(self.directory), measured)
-
-    def check_base(self, api, base: card.Base) -> None:
-        """Raises ValueError if the base on the Hub has other packed weights than those the adapter was made for."""
-        config = api.hf_hub_download(base.name, "config.json", revision=base.revision)
-        self.meta = report.packed_config(Path(config).parent).get("meta", {})
-        checkpoint.check_stamp(self.directory, self.meta.get("packed_sha256"))
 
 
 def looked_up(api, base: card.Base) -> card.Base:
@@ -266,8 +161,3 @@ def one_line(directory: Path) -> Iterator[None]:
         raise ValueError(
             f"not pushed: {reason.rstrip('.')}. {directory} is as it was; the same command goes on where this stopped"
         ) from error
-
-
-def dump(value: dict) -> bytes:
-    """JSON as `checkpoint.write_json` writes it."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

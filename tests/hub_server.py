@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on loopback: as much of its HTTP API as huggingface_hub needs to push, look up and fetch.
 
 Repositories are lists of commits, each a whole tree {path: bytes}, so that what is not committed cannot be fetched.
-Files that end in .safetensors are large ones, sent apart by the LFS protocol; the rest come inside the commit.
+Files that end in .safetensors or .gguf are large ones, sent apart by the LFS protocol; the rest come inside the commit.
 """
 
 import base64
@@ -185,7 +185,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def large(path):
     """Whether a file is sent apart."""
-    return path.endswith(".safetensors")
+    return path.endswith((".safetensors", ".gguf"))
 
 
 def entry(path, data):

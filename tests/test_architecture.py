@@ -16,14 +16,14 @@ FLOORS = [
     "lora",
     "anatomy cache checkpoint cpu_embeddings embeddings head losses lowrank optimizers teacher text topk ggml foreign "
     "checkpoints",
-    "trained record card logbook",
+    "trained record card export_card export_record logbook",
     "watch training_progress training_state",
     "integrations conversations pooling",
     "stream load assembly calibration allocation sweep blockwise reconstruct inputs meter forward step ends shapes "
     "rehearsal offload lora_files end_loss rows left_out pass_settings",
     "blocks capture trainer evaluate export report bench memory pass_memory estimate rewrite fold touch_up imports",
     "effort learning",
-    "runs correction hub",
+    "runs correction parcels hub",
     "finetune",
     "recipe compare restore sample side_by_side doctor",
     "run_report",

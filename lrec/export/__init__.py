@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lrec import load, lock, registry
+from lrec import export_record, load, lock, record, registry
+from lrec.report import packed_config
 
 PROBE = "The capital of France is Paris, and 17 times 3 is 51. In the beginning there was nothing but"
 
@@ -25,6 +26,8 @@ class Export:
     # Packages that must be there to read the export, and the relative error of logits that is then allowed.
     readers: ClassVar[tuple[str, ...]] = ("transformers",)
     tolerance: ClassVar[float] = 1e-3
+    # Whether another tool's format leaves no room for what it was made of, so that this goes into a file beside it.
+    recorded: ClassVar[bool] = True
 
     def write(self, model_dir: Path, adapter_dir: Path | None, output_dir: Path) -> dict:
         """Writes the files and returns what to report. Raises ValueError if the target cannot hold the model."""
@@ -66,6 +69,10 @@ def _export(target: Export, model_dir: Path, adapter_dir: Path | None, output_di
         report = target.write(model_dir, adapter_dir, partial)
         if checked:
             report |= check(target, model_dir, adapter_dir, partial)
+        if target.recorded:
+            measured = record.rows(adapter_dir or model_dir)
+            name = registry.name_of(type(target))
+            export_record.write(partial, name, packed_config(model_dir), measured, report)
         if output_dir.exists():
             output_dir.rmdir()
         partial.rename(output_dir)

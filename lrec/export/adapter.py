@@ -27,6 +27,7 @@ class Adapter(Export):
     """`adapter_config.json`, `adapter_model.safetensors`, the stamp and a card."""
 
     readers: ClassVar[tuple[str, ...]] = ("transformers", "peft")
+    recorded: ClassVar[bool] = False  # the stamp tells it
 
     base: str | None = setting(None, "Hub id of the packed base (none: that it was fetched by, or its folder)")
     revision: str | None = setting(None, "the base's revision there (none: that it was fetched at)")

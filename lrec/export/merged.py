@@ -40,4 +40,5 @@ class Merged(Export):
         if adapter:
             adapter.check_used(model_dir)
         rewrite.finish(streamed, output_dir, None, self.dtype)
-        return {"dtype": str(self.dtype).removeprefix("torch.")}
+        rank = {"folded_rank": adapter.rank} if adapter and adapter.rank else {}
+        return {"dtype": str(self.dtype).removeprefix("torch.")} | rank

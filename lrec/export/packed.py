@@ -34,6 +34,7 @@ class PackedExport(Export):
 
     # Rounding changes logits; how much is measured, and bounded, by `max_lost`.
     tolerance: ClassVar[float] = float("inf")
+    recorded: ClassVar[bool] = False  # config and manifest tell it
 
     dataset: str | None = setting(None, "calibration text, as for `lrec quantize`")
     num_samples: int = setting(128, "calibration windows")

@@ -1,7 +1,10 @@
 """`lrec push` and push_to_hub against a Hub on loopback, by the real client; what went there comes back the same."""
 
+import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -10,9 +13,9 @@ import torch
 import yaml
 from hub_server import TOKEN, serving
 from safetensors.torch import load_file
-from test_exports import packed_model
+from test_exports import export, packed_model
 
-from lrec import checkpoint, load, record
+from lrec import checkpoint, export_record, load, record
 from lrec.cli import main
 
 TEXT = "In the beginning there was a quick brown fox, and it jumped over seven lazy dogs.\n"
@@ -250,3 +253,114 @@ def test_a_new_version_replaces_the_shards_of_the_old_in_one_commit(made, hub, c
     assert push(made / "Q", "me/third", *BASE, "--dry_run") == 0
     told = capsys.readouterr().out
     assert "base_model: owner/tiny" in told and "me/third" not in hub.repos
+
+
+@pytest.fixture(scope="module")
+def exported(made, tmp_path_factory):
+    """A directory of exports by format: `merged` with the adapter, the others of the packed model."""
+    place = tmp_path_factory.mktemp("exports")
+    for format in ("merged", "gptq", "compressed-tensors", "gguf"):
+        words = ["--adapter", str(made / "A")] if format == "merged" else []
+        assert export(made / "Q", place / format, format, *words) == 0
+    return place
+
+
+@pytest.mark.parametrize(
+    ("format", "relation", "library", "tags", "load_line"),
+    [
+        ("merged", "finetune", "transformers", [], "vllm serve me/tiny"),
+        ("gptq", "quantized", "transformers", ["gptq"], "pip install optimum gptqmodel"),
+        ("compressed-tensors", "quantized", "transformers", ["compressed-tensors"], "vllm serve me/tiny"),
+        ("gguf", "quantized", "gguf", ["gguf"], "llama-cli --hf-repo me/tiny --hf-file model.gguf"),
+    ],
+)
+def test_an_export_goes_whole_with_a_card_that_tells_what_it_is(
+    made,
+    exported,
+    hub,
+    format,
+    relation,
+    library,
+    tags,
+    load_line,
+):
+    before = {path: path.read_bytes() for path in (exported / format).iterdir()}
+    assert push(exported / format, "me/tiny", *BASE) == 0
+    assert before == {path: path.read_bytes() for path in (exported / format).iterdir()}
+    (base_id, _), (_, tree) = hub.tree("owner/tiny"), hub.tree("me/tiny")
+    assert tree.keys() == {path.name for path in before} | {"README.md", ".gitattributes"}
+    for path in export_record.weight_files(exported / format):
+        assert tree[path.name] == path.read_bytes()
+    assert not any(str(made).encode() in data for name, data in tree.items() if name.endswith((".json", ".md")))
+    told = json.loads(tree[export_record.FILE])["meta"]
+    assert (told["base_model"], told["base_revision"]) == ("owner/tiny", base_id)
+    head, body = card_of(tree)
+    assert head == {
+        "license": "apache-2.0",
+        "language": ["en"],
+        "base_model": "owner/tiny",
+        "base_model_relation": relation,
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "tags": ["lrec", "quantized", *tags, "4-bit", "rtn"],
+    }
+    row = record.rows(made / ("A" if format == "merged" else "Q"))[0]
+    assert f"{row['kl']:.4g} | {row['top1_agreement']:.4g}" in body and load_line in body
+    assert ("a LoRA of rank 4" in body) == (format == "merged")
+
+
+@pytest.mark.parametrize("format", ["merged", "compressed-tensors"])
+@torch.no_grad()
+def test_the_lines_of_the_card_load_it_without_lrec(made, exported, hub, tmp_path, format):
+    if format == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
+        pytest.skip("compressed-tensors is not installed")
+    assert push(exported / format, "me/tiny", *BASE) == 0
+    lines = re.search(r"```python\n(.*?)```", card_of(hub.tree("me/tiny")[1])[1], re.DOTALL)[1]
+    asked = "import sys, torch\nwith torch.no_grad():\n    logits = model.float()(torch.arange(32)[None]).logits\n"
+    script = (
+        f"{lines}\n{asked}torch.save(logits, sys.argv[1])\nassert 'lrec' not in sys.modules\nassert len(tokenizer)\n"
+    )
+    words = [sys.executable, "-c", script, str(tmp_path / "logits")]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "HF_TOKEN": TOKEN})
+    assert done.returncode == 0, done.stderr[-2000:]
+    adapter = str(made / "A") if format == "merged" else None
+    expected = load.model(str(made / "Q"), adapter, dtype="float32")(IDS).logits
+    assert (torch.load(tmp_path / "logits") - expected).norm() < 2e-2 * expected.norm()
+
+
+def test_what_is_damaged_or_unmeasured_or_has_no_card_stays(made, exported, hub, tmp_path, capsys):
+    copy = shutil.copytree(exported / "gguf", tmp_path / "G")
+    (copy / "model.gguf").write_bytes((copy / "model.gguf").read_bytes()[:-1])
+    assert push(copy, "me/tiny", *BASE) == 2
+    assert "model.gguf has" in capsys.readouterr().err
+    copy = shutil.copytree(exported / "gptq", tmp_path / "P")
+    checkpoint.write_tensors(copy / "other.safetensors", {"x": torch.ones(1)})
+    assert push(copy, "me/tiny", *BASE) == 2
+    assert "other.safetensors is not in lrec_export.json" in capsys.readouterr().err
+    told = checkpoint.read_json(exported / "merged" / export_record.FILE)
+    copy = shutil.copytree(exported / "merged", tmp_path / "M")
+    checkpoint.write_json(copy / export_record.FILE, told | {"evaluation": []})
+    assert push(copy, "me/tiny", *BASE) == 2
+    assert "evaluate what it was exported from by `lrec evaluate --record`" in capsys.readouterr().err
+    assert push(exported / "merged", "me/tiny", *BASE, "--max_kl", "0") == 2
+    assert push(exported / "merged", "me/tiny") == 2
+    assert "which only this machine has" in capsys.readouterr().err
+    words = ["--model", str(made / "Q"), "--adapter", str(made / "A"), "--format", "gguf-lora"]
+    assert main(["export", *words, "--output_dir", str(tmp_path / "L")]) == 0
+    assert push(tmp_path / "L", "me/tiny", *BASE) == 2
+    assert "gguf_lora export, which has no card of its own" in capsys.readouterr().err
+    assert set(hub.repos) == {"owner/tiny"} and not hub.objects
+
+
+def test_a_killed_push_of_an_export_leaves_nothing_that_loads_and_goes_on(exported, hub):
+    words = [sys.executable, "-m", "lrec", "push", str(exported / "gptq"), "--repo_id", "me/tiny", *BASE]
+    hub.stall_at = 2
+    child = subprocess.Popen(words, env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+    assert hub.stalled.wait(120)
+    child.kill()
+    child.wait()
+    assert set(hub.tree("me/tiny")[1]) == {".gitattributes"}
+    sent = len(hub.objects)
+    hub.stall_at, hub.num_puts = None, 0
+    assert push(exported / "gptq", "me/tiny", *BASE) == 0
+    assert hub.num_puts == len(list((exported / "gptq").glob("*.safetensors"))) - sent
