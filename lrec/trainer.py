@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
-from lrec import processes, trained
+from lrec import trained
 from lrec.cpu_embeddings import keep_on_cpu
 from lrec.head import Head, output_layer, verify_head
 from lrec.load import activate
@@ -135,8 +135,7 @@ class LrecTrainer(StateFiles, SFTTrainer):
             raise ValueError(
                 "compute_metrics needs logits, which are never made; use lrec.evaluate on the trained model"
             )
-        if not processes.is_main():
-            disable_progress_bars()  # those of datasets, which trl shows once per process
+        TrainingProgress.in_main_alone()
         super().__init__(model, args, **kwargs)
         args.check_machine(self.accelerator)
         self.add_callback(Watch())
