@@ -175,8 +175,7 @@ class LrecTrainer(StateFiles, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean of L over target tokens: those of the whole optimizer step if `num_items_in_batch` tells them."""
-        batch = {name: value for name, value in inputs.items() if name != "labels"}
-        objective = self.objective
+        objective, batch = self.objective, {name: value for name, value in inputs.items() if name != "labels"}
         if self.args.hidden_anneal:
             left = max(0.0, 1 - self.state.global_step / max(self.state.max_steps, 1))
             objective = replace(objective, hidden_weight=left * objective.hidden_weight)
