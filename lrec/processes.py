@@ -41,8 +41,8 @@ def state():
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    if count() > 1 and not torch.accelerator.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # as `accelerate launch --cpu` does, for transformers to see
+    if count() > 1 and not torch.accelerator.is_available() and not torch.distributed.is_initialized():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # as `accelerate launch --cpu`; DeepSpeed takes it back
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
 
 

@@ -8,6 +8,8 @@ import os
 from dataclasses import dataclass, field
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from transformers import TrainerCallback
 from trl import SFTConfig
@@ -15,6 +17,9 @@ from trl import SFTConfig
 from lrec import registry
 from lrec.cpu_embeddings import PLACES
 from lrec.integrations.checkpointing import PARTS, split_blocks
+
+# How accelerate can shard a training, by its own name, and what it needs.
+SHARDING = {"FSDP": "give each process a GPU", "DEEPSPEED": "start several processes, without --cpu"}
 
 
 @dataclass
@@ -55,9 +60,9 @@ class StepConfig(SFTConfig):
             return self.checkpointing
         return "block" if self.gradient_checkpointing else "none"
 
-    def check_machine(self, device: torch.device, num_processes: int) -> None:
+    def check_machine(self, accelerator: Accelerator) -> None:
         """Raises ValueError for settings that this device or number of processes cannot serve."""
-        optim, on_cpu = self.optim.value, device.type == "cpu"
+        optim, on_cpu = self.optim.value, accelerator.device.type == "cpu"
         rules = {
             "offload_checkpoints moves checkpoints from a GPU to CPU memory, but this is a CPU: leave it out": (
                 self.offload_checkpoints and on_cpu
@@ -66,15 +71,23 @@ class StepConfig(SFTConfig):
                 "paged" in optim and on_cpu
             ),
             "fused_backward applies gradients before processes can average them: train in one process": (
-                self.fused_backward and num_processes > 1
+                self.fused_backward and accelerator.num_processes > 1
             ),
         }
         wrong = [rule for rule, broken in rules.items() if broken]
+        # accelerate turns to plain data-parallel processes, or one alone, and does not say so.
+        wrong += [
+            f"{kind} was asked for, but accelerate does not shard so over what was started here "
+            f"({accelerator.num_processes} x {accelerator.device.type}): {wants}, or leave {kind} out for plain "
+            "data-parallel processes, each of which holds the packed weights"
+            for kind, wants in SHARDING.items()
+            if parse_flag_from_env(f"ACCELERATE_USE_{kind}") and accelerator.distributed_type != kind
+        ]
         if wrong:
             raise ValueError("; ".join(wrong))
 
     def _check_sharding(self) -> None:
-        launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+        launched = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") if launched else "0"
         if stage == "3" or (self.deepspeed and HfDeepSpeedConfig(self.deepspeed).is_zero3()):
             raise ValueError(
@@ -82,6 +95,10 @@ class StepConfig(SFTConfig):
                 "loss reads the head between forward passes, when ZeRO-3 holds none of it: use ZeRO-2, or plain "
                 "data-parallel processes, since packed weights take an eighth of what ZeRO-3 was made for"
             )
+        if (launched or self.deepspeed) and not torch.accelerator.is_available():
+            # accelerate leaves DeepSpeed out where it is told of a CPU; transformers must be told, for gloo.
+            os.environ.pop("ACCELERATE_USE_CPU", None)
+            self.use_cpu = True
 
     def _settle_checkpointing(self) -> None:
         if self.checkpointing != "auto":

@@ -135,8 +135,9 @@ class LrecTrainer(StateFiles, SFTTrainer):
             raise ValueError(
                 "compute_metrics needs logits, which are never made; use lrec.evaluate on the trained model"
             )
+        TrainingProgress.in_main_alone()
         super().__init__(model, args, **kwargs)
-        args.check_machine(self.accelerator.device, self.accelerator.num_processes)
+        args.check_machine(self.accelerator)
         self.add_callback(Watch())
         TrainingProgress.take_over(self)
         self.add_callback(SplitBlocks())
@@ -174,8 +175,7 @@ class LrecTrainer(StateFiles, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean of L over target tokens: those of the whole optimizer step if `num_items_in_batch` tells them."""
-        batch = {name: value for name, value in inputs.items() if name != "labels"}
-        objective = self.objective
+        objective, batch = self.objective, {name: value for name, value in inputs.items() if name != "labels"}
         if self.args.hidden_anneal:
             left = max(0.0, 1 - self.state.global_step / max(self.state.max_steps, 1))
             objective = replace(objective, hidden_weight=left * objective.hidden_weight)

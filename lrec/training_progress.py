@@ -1,7 +1,9 @@
 """The steps of a training told as all long steps are, in the place of transformers' own bar and printed logs."""
 
+from datasets import disable_progress_bars
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from lrec import processes
 from lrec.progress import Progress
 
 TOLD = ("loss", "kl", "eval_kl", "eval_loss")
@@ -12,6 +14,12 @@ class TrainingProgress(TrainerCallback):
 
     def __init__(self):
         self.steps = self.batches = None
+
+    @staticmethod
+    def in_main_alone() -> None:
+        """Of several processes only the main one shows datasets' bars, which trl shows in each."""
+        if not processes.is_main():
+            disable_progress_bars()
 
     @classmethod
     def take_over(cls, trainer: Trainer) -> None:

@@ -1,17 +1,22 @@
 """What else spreads a packed model: FSDP2, ZeRO, and accelerate's device maps."""
 
+import json
+import os
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from checks import assert_close, run_together
+from checks import assert_close, run_together, tiny_model
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import lrec
-from lrec import processes, trained
+from lrec import checkpoint, processes, trained
+from lrec.cli import main
 from lrec.head import Head
 from lrec.losses import Objective, divergence, shift_labels
 from lrec.teacher import LiveTeacher, final_hidden
@@ -47,6 +52,9 @@ def gradients(place):
         assert all(isinstance(grad, DTensor) for grad in grads.values())
         assert not any(isinstance(layer.qweight, DTensor) for layer in trained.layers_of(model).values())
         grads = {name: grad.full_tensor() for name, grad in grads.items()}
+        os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch --use_fsdp` says it
+        with pytest.raises(ValueError, match=r"FSDP was asked for.*\(2 x cpu\): give each process a GPU, or leave"):
+            test_trainer.trainer(place)
     if processes.is_main():
         torch.save(grads, place / f"{processes.count()}.pt")
 
@@ -58,6 +66,57 @@ def test_fsdp2_shards_adapters_and_leaves_packed_weights_whole(tmp_path):
     assert expected.keys() == actual.keys() and len(expected) == 28
     for name, gradient in expected.items():
         assert_close(actual[name], gradient, 1e-5, name)
+
+
+def train(place, kind, *words):
+    """One step of gradient descent on two batches of two windows, accumulated, whatever processes share them."""
+    words = ["--model", str(place / "Q"), "--teacher", str(place / "M"), "--teacher_targets", "live", *words]
+    words += ["--dataset", str(place / "text.txt"), "--num_samples", "4", "--max_length", "32", "--lora_r", "4"]
+    words += ["--max_steps", "1", "--save_steps", "1", "--optim", "sgd", "--lr_scheduler_type", "constant"]
+    words += ["--warmup_steps", "0", "--learning_rate", "1", "--max_grad_norm", "0"]
+    words += ["--per_device_train_batch_size", str(2 // processes.count()), "--gradient_accumulation_steps", "2"]
+    assert main(["train", *words, "--output_dir", str(place / kind)]) == 0
+
+
+def train_by_zero(place):
+    """ZeRO-1 as a flag asks for it, then ZeRO-2 as `accelerate launch` does."""
+    import deepspeed
+    from accelerate import Accelerator
+
+    deepspeed.ops.__compatible_ops__ = {}  # gloo alone: its own shared memory takes a minute to be compiled
+    prepared, prepare = [], Accelerator.prepare
+
+    def note(*args, **kwargs):
+        prepared.append(prepare(*args, **kwargs))
+        return prepared[-1]
+
+    Accelerator.prepare = note
+    train(place, "zero-1", "--deepspeed", str(place / "zero-1.json"))
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+    train(place, "zero-2")
+    engines = [part for parts in prepared for part in parts if isinstance(part, deepspeed.DeepSpeedEngine)]
+    assert [engine.zero_optimization_stage() for engine in engines] == [1, 2]
+
+
+def test_a_step_by_zero_1_and_2_is_that_of_one_process(tmp_path):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install deepspeed")
+    tiny_model(tmp_path / "M")
+    (tmp_path / "text.txt").write_text("".join(f"{i} {chr(97 + i % 26) * (i % 7)} " for i in range(400)))
+    rtn = ["--method", "rtn", "--bits", "3", "--group_size", "32", "--output_dir", str(tmp_path / "Q")]
+    assert main(["quantize", "--model", str(tmp_path / "M"), *rtn]) == 0
+    auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
+    (tmp_path / "zero-1.json").write_text(json.dumps(auto | {"zero_optimization": {"stage": 1}}))
+    train(tmp_path, "one")
+    run_together(partial(train_by_zero, tmp_path))
+    file = Path("checkpoint-1", checkpoint.ADAPTER_WEIGHTS)
+    expected = load_file(tmp_path / "one" / file)
+    moved = [name for name, tensor in expected.items() if "lora_B" in name and tensor.abs().max() > 0]
+    assert len(expected) == 28 and len(moved) == 14
+    for kind in ("zero-1", "zero-2"):
+        actual = load_file(tmp_path / kind / file)
+        assert actual.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert_close(actual[name], tensor, 1e-5, f"{name} by {kind}")
 
 
 def test_zero_3_is_refused(tmp_path, monkeypatch):
