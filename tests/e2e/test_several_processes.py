@@ -126,7 +126,7 @@ def gradients(place, kind):
         place / kind, test_trainer.ragged(), max_steps=1, max_grad_norm=0.0, per_device_train_batch_size=rows,
         gradient_accumulation_steps=2,
     )  # fmt: skip
-    trained.start(run.model, trained.KINDS)
+    trained.start(run.model, trained.ALL)
     found = test_trainer.stirred_gradients(run)
     if processes.count() > 1:
         # Were packed weights broadcast at a forward, the other process's codes would be lost.
