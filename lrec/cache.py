@@ -23,9 +23,10 @@ from lrec.head import Head
 
 HEAD = "head.safetensors"
 KEY_BYTES = 16
-# What may differ when a capture goes on: where the same teacher and text are, and how far it came.
+# The names and dtypes of what a shard holds, by kind of cache.
 FEW = {"values": ("F16",), "ids": ("I16", "I32"), "lse": ("F32",), "ids_high": ("U8",)}
-WANTED = {"hidden": {"hidden": ("BF16",)}, "topk": FEW, "sampled": FEW}  # the names and dtypes of a shard, by kind
+WANTED = {"hidden": {"hidden": ("BF16", "F32")}, "topk": FEW, "sampled": FEW}
+# What may differ when a capture goes on: where the same teacher and text are, and how far it came.
 INCIDENTAL = ("teacher", "files")
 
 

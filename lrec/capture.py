@@ -35,6 +35,10 @@ class CaptureSettings:
     """What is stored of each token, and how the teacher runs."""
 
     what: Literal["hidden", "topk"] = setting("hidden", "last hidden states (exact), or some of the logits")
+    hidden_dtype: Literal["bfloat16", "float32"] = setting(
+        "bfloat16",
+        "with hidden: how they are stored; float32 trains bit for bit as a live teacher in it, at twice the bytes",
+    )
     top_k: int = setting(256, "with topk: logits stored of each token")
     sampling: bool = setting(False, "with topk: draw them from the teacher, unbiased, instead of the largest")
     sweep_tokens: int = setting(32768, "tokens that pass the teacher at once: what a kill can lose, and a shard")
@@ -67,6 +71,7 @@ class Capture:
         self.about = {
             "kind": settings.kind,
             "top_k": settings.top_k if settings.what == "topk" else None,
+            "hidden_dtype": settings.hidden_dtype if settings.what == "hidden" else None,
             "batch_size": settings.batch_size,
             "windows_per_shard": self.windows_per_shard,
             "num_windows": len(input_ids_nL),
@@ -101,7 +106,10 @@ class Capture:
         """What the cache will hold and take on disk, and whether there is room for what is still missing of it."""
         n, length = self.ids_nL.shape
         k, (vocab_size, width) = self.settings.top_k, self.head.weight.shape
-        token_bytes = 2 * width if self.settings.what == "hidden" else 2 * k + topk.id_bytes(k, vocab_size) + 4
+        if self.settings.what == "hidden":
+            token_bytes = getattr(torch, self.settings.hidden_dtype).itemsize * width
+        else:
+            token_bytes = 2 * k + topk.id_bytes(k, vocab_size) + 4
         head_bytes = sum(t.nbytes for t in self._head_tensors().values())
         num_bytes = n * (length * token_bytes + KEY_BYTES) + head_bytes
         there = sum(path.stat().st_size for path in self.directory.glob("*.safetensors"))
@@ -196,7 +204,7 @@ class Capture:
     def _stored(self, hidden_BLH: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """What the cache holds of hidden states that the head is given, each (B, L, ...), on the CPU."""
         if self.settings.what == "hidden":
-            return {"hidden": hidden_BLH.to("cpu", torch.bfloat16)}
+            return {"hidden": hidden_BLH.to("cpu", getattr(torch, self.settings.hidden_dtype))}
         parts, k = [], self.settings.top_k
         for hidden_nH in hidden_BLH.flatten(0, 1).split(max(16, CHUNK_LOGITS // self.about["vocab_size"])):
             logits_nV = self.head.logits(hidden_nH)

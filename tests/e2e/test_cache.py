@@ -41,7 +41,7 @@ def place(tmp_path_factory):
 
 
 def run(place, verb, *words):
-    names = {"M", "Q", "hidden", "topk", "sampled", "text.txt"}
+    names = {"M", "Q", "hidden", "wide", "topk", "sampled", "text.txt"}
     flags = [
         str(place / w) if w in names and words[i - 1] not in ("--what", "--teacher_targets") else w
         for i, w in enumerate(words)
@@ -109,6 +109,10 @@ def test_training_from_a_hidden_cache_is_training_with_the_live_teacher(place, c
     cached = train(place, "B", capsys, "--teacher_cache", "hidden")
     assert len(live) == 20 and live[-1] < 0.9 * live[0]
     assert ((cached - live).abs() <= 1e-3 * live).all(), (cached / live - 1).abs().max()
+    words = [*WINDOWS, "--hidden_dtype", "float32", "--sweep_tokens", "64", "--output_dir", "wide"]
+    assert run(place, "cache", "--model", "M", *words) == 0
+    wide = train(place, "B", capsys, "--teacher_cache", "wide")
+    assert ((wide - live).abs() <= 1e-6 * live).all(), (wide / live - 1).abs().max()
     made = train(place, "C", capsys, "--teacher", "M", "--teacher_targets", "hidden")
     assert torch.equal(made, cached)
     assert not (place / "C" / correction.WORKING_CACHE).exists()
