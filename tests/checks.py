@@ -107,19 +107,23 @@ def run_apart(job):
     return time.monotonic() - start
 
 
+MOST_KILLS = 60  # a short job is seldom met at work
+
+
 def kill_at_random(job, seconds, at_work, share=1.0, started=None):
     """Runs job() in processes of their own and kills each (SIGKILL) at a random moment within `seconds`.
 
     With `started`, every other one is first waited for until `started()`, and killed within a third of the time: the
     start of an interpreter takes most of a short job.
 
-    A share of LREC_KILLS times (4 if that is not set), at least once; more, at most ten times as many, until
-    `at_work()`, called after each kill, has once been true: a test whose kills all come too early or too late proves
-    nothing, and fails. Returns the number of kills and how many of them met the job at work.
+    A share of LREC_KILLS times (4 if that is not set), at least once; more, at most `MOST_KILLS` or ten times as many,
+    until `at_work()`, called after each kill, has once been true: a test whose kills all come too early or too late
+    proves nothing, and fails. Returns the number of kills and how many of them met the job at work.
     """
     moments, met = random.Random(0), 0
     kills = max(1, round(share * int(os.environ.get("LREC_KILLS", "4"))))
-    for count in range(10 * kills):
+    most = max(MOST_KILLS, 10 * kills)
+    for count in range(most):
         if count >= kills and met:
             return count, met
         child = _apart(job)
@@ -133,4 +137,4 @@ def kill_at_random(job, seconds, at_work, share=1.0, started=None):
         child.join()
         met += bool(at_work())
     assert met, "no kill met the job at work"
-    return 10 * kills, met
+    return most, met

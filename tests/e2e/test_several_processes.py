@@ -102,11 +102,11 @@ def quantize(place, kind, name, words, code=0):
         seen.append(collect(*args, **kwargs))
         return [*seen[-1]]
 
-    blocks.collect = note
+    inputs.collect = note
     try:
         assert main(["quantize", *words]) == code
     finally:
-        blocks.collect = collect
+        inputs.collect = collect
     if processes.is_main():
         torch.save([[vars(found) for found in block] for block in seen], place / kind / f"{name}.pt")
 
@@ -193,7 +193,10 @@ def test_what_several_processes_cannot_share_is_refused(place, tmp_path, monkeyp
     words += ["--num_samples", "4", "--max_length", "32"]
     for asked, told in (
         (["evaluate", "--model", "M"], "3 processes were started, but this is one process's work"),
-        (["quantize", *words, "--method", "ptq161"], "start one process, or set refine_epochs to 0"),
+        (
+            ["quantize", *words, "--method", "ptq161"],
+            "refine_epochs above 0 train a block on one window",
+        ),
         (["quantize", *words, "--preprocess", "kl"], "start `lrec quantize` without `accelerate launch`"),
         (["quantize", *words, "--batch_size", "2"], "2 batches of 2 calibration windows"),
     ):
