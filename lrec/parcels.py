@@ -20,16 +20,47 @@ TELLING = (
 EXPORT_FILES = ("config.json", "model.safetensors.index.json", "quantize_config.json", export_record.FILE)
 
 
-class Model:
-    """A packed model's directory."""
+class Parcel:
+    """A directory that can be pushed.
 
-    what = "Packed model"
+    A kind of it has `files()`, what is pushed but the card; `measured()`, what is on record of its weights; `base()`,
+    what it was made from or for; and `readme(repo_id, base, measured)`, its card. Making one raises ValueError if files
+    are missing or damaged.
+    """
+
+    what: str
     ask = "give its Hub id by --base_model OWNER/NAME, so that others find it"
     measure = "run `lrec evaluate --record` with --teacher and a held-out --dataset"
 
     def __init__(self, directory: Path):
-        """Raises ValueError if it holds no packed model, or a damaged one."""
         self.directory = directory
+
+    def there(self, *names: str) -> set[Path]:
+        """Those of its files of these names that there are."""
+        return {path for path in (self.directory / name for name in names) if path.exists()}
+
+    def content(self, path: Path, base: card.Base) -> bytes:
+        """A file of `TELLING` as others should see it: the base by its id, and no folders of this machine."""
+        value = checkpoint.without_folders(checkpoint.read_json(path))
+        self.name_base(path.name, value, base)
+        # As `checkpoint.write_json` writes it.
+        return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+    def name_base(self, file: str, value: dict, base: card.Base) -> None:
+        """Puts the base's id where a file of this name, whose content is `value`, tells the base."""
+
+    def check_base(self, api, base: card.Base) -> None:
+        """Raises ValueError if the base on the Hub is another than this was made for; most stand on their own."""
+
+
+class Model(Parcel):
+    """A packed model's directory."""
+
+    what = "Packed model"
+
+    def __init__(self, directory: Path):
+        """Raises ValueError if it holds no packed model, or a damaged one."""
+        super().__init__(directory)
         if not (directory / "config.json").exists():
             raise ValueError(f"{directory} has neither adapter_config.json nor config.json: nothing to push")
         self.quantization = report.packed_config(directory)
@@ -37,9 +68,8 @@ class Model:
 
     def files(self) -> list[Path]:
         """What is pushed, but the card."""
-        told = [self.directory / name for name in (*MODEL_FILES, record.FILE)]
         found = {*checkpoint.weight_files(self.directory), *checkpoint.tokenizer_files(self.directory)}
-        return sorted(found | {path for path in told if path.exists()})
+        return sorted(found | self.there(*MODEL_FILES, record.FILE))
 
     def measured(self) -> list[dict]:
         """What was measured of these weights."""
@@ -49,15 +79,13 @@ class Model:
         """What it was made from."""
         return Path(self.quantization.get("meta", {}).get("base_model", ""))
 
-    def content(self, path: Path, base: card.Base) -> bytes:
-        """A file of `TELLING` as others should see it: the base by its id, and no folders of this machine."""
-        value = checkpoint.without_folders(checkpoint.read_json(path))
+    def name_base(self, file: str, value: dict, base: card.Base) -> None:
+        """See `Parcel.name_base`."""
         made = {"base_model": base.name, "base_revision": base.revision}
-        if path.name == "config.json":
+        if file == "config.json":
             value["quantization_config"]["meta"] |= made
-        elif path.name == checkpoint.MANIFEST:
+        elif file == checkpoint.MANIFEST:
             value |= made
-        return dump(value)
 
     def readme(self, repo_id: str, base: card.Base, measured: list[dict]) -> str:
         """See `lrec.card`."""
@@ -66,20 +94,16 @@ class Model:
             repo_id, base, checkpoint.without_folders(self.quantization), size, checkpoint.without_folders(measured)
         )
 
-    def check_base(self, api, base: card.Base) -> None:
-        """A packed model stands on its own."""
 
-
-class Adapter:
+class Adapter(Parcel):
     """An adapter's directory, as `lrec train` or `lrec export --format adapter` writes it."""
 
     what = "Adapter"
     ask = "push it first, then give its Hub id by --base_model OWNER/NAME"
-    measure = "run `lrec evaluate --record` with --teacher and a held-out --dataset"
 
     def __init__(self, directory: Path):
         """Raises ValueError if files are missing or damaged."""
-        self.directory = directory
+        super().__init__(directory)
         self.config = foreign.lora_config(directory)
         self.stamp = checkpoint.read_stamp(directory)
         self.meta = {}
@@ -92,8 +116,7 @@ class Adapter:
 
     def files(self) -> list[Path]:
         """What is pushed, but the card."""
-        told = [self.directory / name for name in (*ADAPTER_FILES, record.FILE)]
-        return sorted({path for path in told if path.exists()} | {*checkpoint.tokenizer_files(self.directory)})
+        return sorted(self.there(*ADAPTER_FILES, record.FILE) | {*checkpoint.tokenizer_files(self.directory)})
 
     def measured(self) -> list[dict]:
         """What was measured of these weights on their base."""
@@ -103,14 +126,12 @@ class Adapter:
         """The packed model it corrects."""
         return Path(self.config.get("base_model_name_or_path") or "")
 
-    def content(self, path: Path, base: card.Base) -> bytes:
-        """See `Model.content`."""
-        value = checkpoint.without_folders(checkpoint.read_json(path))
-        if path.name == "adapter_config.json":
+    def name_base(self, file: str, value: dict, base: card.Base) -> None:
+        """See `Parcel.name_base`."""
+        if file == "adapter_config.json":
             value |= {"base_model_name_or_path": base.name, "revision": base.revision}
-        elif path.name == checkpoint.ADAPTER_STAMP:
+        elif file == checkpoint.ADAPTER_STAMP:
             value |= {"base_model": base.name}
-        return dump(value)
 
     def readme(self, repo_id: str, base: card.Base, measured: list[dict]) -> str:
         """See `lrec.card`."""
@@ -124,16 +145,15 @@ class Adapter:
         checkpoint.check_stamp(self.directory, self.meta.get("packed_sha256"))
 
 
-class Exported:
+class Exported(Parcel):
     """An export for other tools, as `lrec export` writes it."""
 
     what = "Export"
-    ask = "give its Hub id by --base_model OWNER/NAME, so that others find it"
     measure = "evaluate what it was exported from by `lrec evaluate --record` and export it again"
 
     def __init__(self, directory: Path):
         """Raises ValueError if files are missing or damaged, or it is of a kind that has no repository of its own."""
-        self.directory = directory
+        super().__init__(directory)
         self.told = export_record.read(directory)
         if self.told["format"] not in export_card.KINDS:
             raise ValueError(
@@ -144,9 +164,8 @@ class Exported:
 
     def files(self) -> list[Path]:
         """What is pushed, but the card."""
-        told = [self.directory / name for name in EXPORT_FILES]
         found = {*export_record.weight_files(self.directory), *checkpoint.tokenizer_files(self.directory)}
-        return sorted(found | {path for path in told if path.exists()})
+        return sorted(found | self.there(*EXPORT_FILES))
 
     def measured(self) -> list[dict]:
         """What was measured of the model that was exported."""
@@ -156,29 +175,16 @@ class Exported:
         """What it was made from."""
         return Path(self.told["meta"].get("base_model") or "")
 
-    def content(self, path: Path, base: card.Base) -> bytes:
-        """See `Model.content`."""
-        value = checkpoint.without_folders(checkpoint.read_json(path))
-        if path.name == export_record.FILE:
+    def name_base(self, file: str, value: dict, base: card.Base) -> None:
+        """See `Parcel.name_base`."""
+        if file == export_record.FILE:
             value["meta"] |= {"base_model": base.name, "base_revision": base.revision}
-        return dump(value)
 
     def readme(self, repo_id: str, base: card.Base, measured: list[dict]) -> str:
         """See `lrec.export_card`."""
         size = sum(path.stat().st_size for path in export_record.weight_files(self.directory))
         told, measured = checkpoint.without_folders(self.told), checkpoint.without_folders(measured)
         return export_card.exported(repo_id, base, told, size, measured)
-
-    def check_base(self, api, base: card.Base) -> None:
-        """An export stands on its own."""
-
-
-def dump(value: dict) -> bytes:
-    """JSON as `checkpoint.write_json` writes it."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-Parcel = Model | Adapter | Exported
 
 
 def of(directory: Path) -> Parcel:

@@ -223,13 +223,18 @@ def test_without_token_or_network_or_with_a_damaged_file_nothing_goes(made, hub,
     assert set(hub.repos) == {"owner/tiny"} and not hub.objects
 
 
-def test_a_killed_push_leaves_nothing_that_loads_and_goes_on(made, hub):
-    words = [sys.executable, "-m", "lrec", "push", str(made / "Q"), "--repo_id", "me/tiny-4bit", *BASE]
-    hub.stall_at = 3
+def kill_a_push(hub, directory, repo_id, stall_at):
+    """Kills a push of the directory when the hub has been sent so many files."""
+    words = [sys.executable, "-m", "lrec", "push", str(directory), "--repo_id", repo_id, *BASE]
+    hub.stall_at = stall_at
     child = subprocess.Popen(words, env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
     assert hub.stalled.wait(120)
     child.kill()
     child.wait()
+
+
+def test_a_killed_push_leaves_nothing_that_loads_and_goes_on(made, hub):
+    kill_a_push(hub, made / "Q", "me/tiny-4bit", stall_at=3)
     assert set(hub.tree("me/tiny-4bit")[1]) == {".gitattributes"}
     checkpoint.verify(made / "Q")
     sent = len(hub.objects)
@@ -353,12 +358,7 @@ def test_what_is_damaged_or_unmeasured_or_has_no_card_stays(made, exported, hub,
 
 
 def test_a_killed_push_of_an_export_leaves_nothing_that_loads_and_goes_on(exported, hub):
-    words = [sys.executable, "-m", "lrec", "push", str(exported / "gptq"), "--repo_id", "me/tiny", *BASE]
-    hub.stall_at = 2
-    child = subprocess.Popen(words, env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
-    assert hub.stalled.wait(120)
-    child.kill()
-    child.wait()
+    kill_a_push(hub, exported / "gptq", "me/tiny", stall_at=2)
     assert set(hub.tree("me/tiny")[1]) == {".gitattributes"}
     sent = len(hub.objects)
     hub.stall_at, hub.num_puts = None, 0
