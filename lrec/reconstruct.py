@@ -15,13 +15,13 @@ outweighs all the text. So the error of a token counts by how much the full mode
 output there (`lrec.end_loss`), or, where that is not known, by one over its size.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lrec import trained
+from lrec.descent import descend
 from lrec.formats import Packed
 from lrec.nn import replace
 from lrec.options import setting
@@ -82,24 +82,15 @@ class Reconstruct:
             layer.train_fields(self.fields(layer.packed))
         steps = self.reconstruct_epochs * len(stream.states)
         groups = trained.parameter_groups(block, self.reconstruct_lr, self.reconstruct_reach, steps)
-        optimizer = torch.optim.Adam(groups)
-        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        history = []
-        for _ in range(self.reconstruct_epochs):
-            total = 0.0
-            for i in range(len(stream.states)):
-                error = stream.error(block, i)
-                optimizer.zero_grad()
-                error.backward()
-                optimizer.step()
-                falling.step()
-                total += error.item()
-            history.append(total / len(stream.states))
-            if not math.isfinite(history[-1]):
-                raise ValueError(
-                    f"{name}: the error of epoch {len(history)} is {history[-1]}; lower reconstruct_lr = "
-                    f"{self.reconstruct_lr}"
-                )
+        history = descend(
+            torch.optim.Adam(groups),
+            self.reconstruct_epochs,
+            len(stream.states),
+            lambda i: stream.error(block, i),
+            lambda epoch, error: (
+                f"{name}: the error of epoch {epoch} is {error}; lower reconstruct_lr = {self.reconstruct_lr}"
+            ),
+        )
         found = {
             linear: layer.packed.narrowed(layer.trained, packed[linear].spec(), None)
             for linear, layer in layers.items()

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "lrec"
 FLOORS = [
     "registry options machine picture documents lock processes curves memory_curve progress experts",
     "formats",
-    "grid kernels statistics",
+    "grid descent kernels statistics",
     "quantizers nn",
     "lora",
     "anatomy cache checkpoint cpu_embeddings embeddings head losses lowrank optimizers teacher text topk ggml foreign "

@@ -4,13 +4,13 @@
 block's outputs agree with the full-precision ones; signs, mask and 4-bit codes stay.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lrec.descent import descend
 from lrec.formats.salient import SALIENT_BITS, Salient
 from lrec.quantizers import BlockView, Quantizer, setting
 from lrec.statistics import Statistics
@@ -150,25 +150,19 @@ def refine(packed: dict[str, Salient], view: BlockView, settings: Ptq161) -> tup
     others = [value for module in latent.values() for value in (module.r1_N, module.r2_M)]
     groups = [{"params": scales, "lr": settings.scale_lr}, {"params": others, "lr": settings.factor_lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.refine_epochs * len(view.targets))
     with torch.no_grad():
         drifted = [view.run(view.weights, i) for i in range(len(view.targets))]
-    history = []
-    for epoch in range(settings.refine_epochs):
-        total = 0.0
-        for i, clean in enumerate(view.targets):
-            now = dict(zip(packed, (module() for module in latent.values()), strict=True))
-            output, drift = view.run(now, i).float(), drifted[i].float()
-            loss = two_branch_loss(output, clean.float(), drift, settings.relative_error)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            falling.step()
-            total += loss.item()
-        history.append(total / len(view.targets))
-        if not math.isfinite(history[-1]):
-            raise ValueError(
-                f"the loss of epoch {epoch + 1} is {history[-1]}; learning rates must keep it finite: "
-                f"lower scale_lr = {settings.scale_lr} and factor_lr = {settings.factor_lr}"
-            )
+
+    def loss_of(i: int) -> Tensor:
+        now = dict(zip(packed, (module() for module in latent.values()), strict=True))
+        output = view.run(now, i).float()
+        return two_branch_loss(output, view.targets[i].float(), drifted[i].float(), settings.relative_error)
+
+    def fault(epoch: int, loss: float) -> str:
+        return (
+            f"the loss of epoch {epoch} is {loss}; learning rates must keep it finite: "
+            f"lower scale_lr = {settings.scale_lr} and factor_lr = {settings.factor_lr}"
+        )
+
+    history = descend(optimizer, settings.refine_epochs, len(view.targets), loss_of, fault)
     return dict(zip(packed, (module.packed() for module in latent.values()), strict=True)), history
