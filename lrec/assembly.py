@@ -118,8 +118,8 @@ class Assembly:
         """Writes tokenizer, config, index, report and manifest; returns the report.
 
         `config` is the model's configuration; `about` says method, settings and base, and goes into its
-        quantization_config and into the manifest. `found` is what the report says of the whole
-        model. All processes return once everything is written.
+        quantization_config and into the manifest; `found` is what the report says of the whole model. All processes
+        return once everything is written.
         """
         report = self._report() | found
         if processes.is_main():

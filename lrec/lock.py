@@ -14,6 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from lrec import processes
+
 
 @contextmanager
 def held(directory: str | Path) -> Iterator[None]:
@@ -21,7 +23,7 @@ def held(directory: str | Path) -> Iterator[None]:
 
     Of a run in several processes the first one holds the lock for all.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
+    if not processes.is_main():
         yield
         return
     directory = Path(directory).absolute()

@@ -7,7 +7,6 @@ process each is what a plain program would do, and imports nothing.
 import heapq
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -50,17 +49,6 @@ def wait() -> None:
     """Returns once every process has come here."""
     if count() > 1:
         state().wait_for_everyone()
-
-
-@contextmanager
-def main_first() -> Iterator[None]:
-    """The main process runs the body, then all others do, then all go on."""
-    if not is_main():
-        wait()
-    yield
-    if is_main():
-        wait()
-    wait()
 
 
 def everyones(value: Result) -> list[Result]:

@@ -83,7 +83,8 @@ def test_a_killed_run_locks_nothing_and_leaves_no_file_behind_the_next(place, tm
 
 def test_of_several_processes_the_first_holds_the_lock_for_all(tmp_path, holder, monkeypatch):
     holder(tmp_path / "O")
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     with lock.held(tmp_path / "O"):
         pass
     assert (tmp_path / ".O.lock").exists()
