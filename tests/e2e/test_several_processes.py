@@ -187,7 +187,8 @@ def test_a_launch_prints_one_report(place, tmp_path):
 
 
 def test_what_several_processes_cannot_share_is_refused(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(processes, "count", lambda: 3)
+    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(processes, "state", lambda: SimpleNamespace(device=torch.device("cpu")))
     words = ["--model", str(place / "M"), "--output_dir", str(tmp_path / "Q"), "--dataset", str(place / "text.txt")]
     words += ["--num_samples", "4", "--max_length", "32"]
