@@ -22,8 +22,10 @@ from lrec.formats import Packed
 from lrec.kernels import Call, native
 from lrec.options import setting
 
-SHAPES = ((4096, 4096), (11008, 4096), (576, 1536))
 ROWS = (1, 4, 16, 256, 1024)
+# With how many rows of x each shape is multiplied. The largest is what no cache holds, for the rate of one row alone.
+SHAPES = {(4096, 4096): ROWS, (11008, 4096): ROWS, (576, 1536): ROWS, (8192, 8192): (1,)}
+QUICK = {(4096, 4096): (1, 256)}
 BACKWARD_ROWS = (256, 1024)
 MANY_ROWS = 256
 MANY_ROWS_REPEATS = 3
@@ -74,10 +76,9 @@ class Kernels:
 
     def on_cpu(self, names: list[str]) -> dict:
         """The report of these samples on the CPU."""
-        shapes, counts = (SHAPES[:1], (1, 256)) if self.quick else (SHAPES, ROWS)
         clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
         rows, absent = [], None
-        for shape in shapes:
+        for shape, counts in (QUICK if self.quick else SHAPES).items():
             contenders, absent = self.contenders(names, shape)
             for T in counts:
                 repeats = MANY_ROWS_REPEATS if self.quick or T >= MANY_ROWS else self.repeats
