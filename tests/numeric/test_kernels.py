@@ -23,7 +23,7 @@ from lrec.kernels import Call
 from tests.checks import TOLERANCE, assert_close
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ROWS = (0, 1, 2, 3, 4, 5, 8, 9, 33) if not INTERPRETED else (0, 1, 9)
+ROWS = (0, 1, 2, 3, 5, 16, 17, 33) if not INTERPRETED else (0, 1, 9)
 # Levels, and what columns carry, become halves on their way into the product, so a decoded weight is rounded twice.
 ROUNDS = {("fused_triton", "codebook"), ("fused_triton", "salient")}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

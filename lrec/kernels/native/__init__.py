@@ -17,7 +17,7 @@ from lrec.formats import Packed
 from lrec.kernels import Call, Kernel
 
 ABI = 2
-GEMV_ROWS = 8
+GEMV_ROWS = 16
 PANEL_WEIGHTS = 2**22
 SINGLE_THREAD_WEIGHTS = 2**20
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
