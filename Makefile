@@ -26,8 +26,11 @@ demo: $(READY)
 	$(PYTHON) data/wikipedia.py
 	$(LAUNCH) recipes/lrec_smollm2_135m.py
 
+# A process per core, each with one thread and whole files of tests; what they share is fetched before they start.
 test: $(READY)
-	$(PYTHON) -m pytest -q -m "not gpu and not readers"
+	$(PYTHON) data/smollm2.py
+	$(PYTHON) data/wikipedia.py
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m "not gpu and not readers" -n $(CORES) --dist loadfile --no-loadscope-reorder
 
 readers: $(READY) .readers/installed
 	PYTHONPATH=$(CURDIR)/.readers $(PYTHON) -m pytest -q tests/readers tests/e2e/test_imports.py tests/e2e/test_exports.py
