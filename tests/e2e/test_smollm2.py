@@ -1,37 +1,26 @@
 """The main job on a real model, as a user runs it: SmolLM2-135M to 2 bits, corrected, evaluated, exported."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from lrec import load
+from lrec.cli import main
 
 pytestmark = pytest.mark.slow
 
 CALIBRATION = ["--dataset", "wikipedia:train", "--num_samples", "8", "--max_length", "256"]
 HELD_OUT = ["--dataset", "wikipedia:test", "--num_samples", "6", "--max_length", "256"]
-TRAINING = [
-    "--dataset",
-    "wikipedia:train",
-    "--max_length",
-    "128",
-    "--per_device_train_batch_size",
-    "2",
-    "--max_steps",
-    "12",
-]
+TRAINING = ["--dataset", "wikipedia:train", "--max_length", "128", "--per_device_train_batch_size", "2"]
+TRAINING += ["--max_steps", "12"]
 
 
-def lrec(*words):
-    done = subprocess.run([sys.executable, "-m", "lrec", *map(str, words), "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+def test_main_job(smollm2_dir, wikipedia_jsonl, tmp_path, capsys):
+    def lrec(*words):
+        assert main([*map(str, words), "--json"]) == 0, capsys.readouterr().err[-2000:]
+        return json.loads(capsys.readouterr().out)
 
-
-def test_main_job(smollm2_dir, wikipedia_jsonl, tmp_path):
     model, packed, adapter, merged = smollm2_dir, tmp_path / "Q", tmp_path / "A", tmp_path / "O"
     quantized = lrec("quantize", "--model", model, "--bits", 2, *CALIBRATION, "--output_dir", packed)
     assert quantized["num_layers"] == 210 and quantized["quantized_share"] == 1.0
