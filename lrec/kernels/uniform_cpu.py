@@ -2,7 +2,8 @@
 
 Up to `GEMV_ROWS` rows the product reads the packed weight once and nothing of size N*K exists. Above, and for
 gradients, a panel of rows of W is decoded and multiplied by torch; decoding costs a fixed time per panel, which the
-rows of x share. Both compute in float32; half and bfloat16 x are converted on the way in and out.
+rows of x share. Both compute in float32; half and bfloat16 x are converted on the way in and out, but for panels where
+the CPU multiplies bfloat16 itself.
 """
 
 import ctypes

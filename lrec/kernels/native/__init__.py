@@ -16,7 +16,7 @@ from lrec import formats
 from lrec.formats import Packed
 from lrec.kernels import Call, Kernel
 
-ABI = 2
+ABI = 3
 GEMV_ROWS = 16
 PANEL_WEIGHTS = 2**22
 SINGLE_THREAD_WEIGHTS = 2**20
@@ -162,32 +162,44 @@ def gemv(function, weight: ctypes.Structure, x_TK: Tensor, N: int, K: int) -> Te
     return y_TN.to(x_TK.dtype)
 
 
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 by instructions of its own, which torch then uses: about twice as fast as
+    float32. Where it does not, bfloat16 products are slower than those of float32."""
+    return torch.backends.mkldnn.is_available() and bool(library().lrec_multiplies_bfloat16())
+
+
 def panels(function, weight: ctypes.Structure, x: Tensor, N: int, K: int, transpose: bool) -> Tensor:
-    """x W^T (T, N), or x W (T, K), in x's dtype: panels of rows that `function` decodes, multiplied by torch."""
-    wide = _float32(x)
-    y = wide.new_empty(x.shape[0], K if transpose else N)
+    """x W^T (T, N), or x W (T, K), in x's dtype: panels of rows that `function` decodes, multiplied by torch; those of
+    bfloat16 x in bfloat16 where the CPU can, else in float32. Sums over panels are float32."""
+    inner = x if x.dtype is torch.bfloat16 and multiplies_bfloat16() else _float32(x)
+    y = inner.new_empty(x.shape[0], K if transpose else N, dtype=torch.float32 if transpose else inner.dtype)
     step = max(1, min(N, PANEL_WEIGHTS // K))
-    workspace_nK = _workspace(step * K)[: step * K].view(step, K)
+    workspace_nK = _workspace(step * K, torch.float32).view(step, K)
     for start in range(0, N, step):
         stop = min(start + step, N)
         panel_nK = workspace_nK[: stop - start]
         decode(function, weight, start, stop, panel_nK)
+        if inner.dtype is not torch.float32:
+            panel_nK = _workspace(panel_nK.numel(), inner.dtype).view_as(panel_nK).copy_(panel_nK)
         if not transpose:
-            torch.mm(wide, panel_nK.t(), out=y[:, start:stop])
-        elif start == 0:
-            torch.mm(wide[:, :stop], panel_nK, out=y)
+            torch.mm(inner, panel_nK.t(), out=y[:, start:stop])
+        elif inner.dtype is torch.float32:
+            y.addmm_(inner[:, start:stop], panel_nK, beta=float(start > 0))
         else:
-            y.addmm_(wide[:, start:stop], panel_nK)
+            product = torch.mm(inner[:, start:stop], panel_nK)
+            y = y.add_(product) if start else product.float()
     return y.to(x.dtype)
 
 
-def _workspace(size: int) -> Tensor:
-    # One buffer per thread, kept: memory fresh from the system costs a page fault every 1024 weights, more than to
-    # decode them. It holds a panel of PANEL_WEIGHTS floats, or one row where that is longer.
-    held = getattr(_held, "workspace", None)
+def _workspace(size: int, dtype: torch.dtype) -> Tensor:
+    # Buffers of each thread, kept: memory fresh from the system costs a page fault every 1024 weights, more than to
+    # decode them. They hold a panel of PANEL_WEIGHTS numbers, or one row where that is longer.
+    kept = _held.__dict__
+    held = kept.get(str(dtype))
     if held is None or held.numel() < size:
-        held = _held.workspace = torch.empty(size)
-    return held
+        held = kept[str(dtype)] = torch.empty(size, dtype=dtype)
+    return held[:size]
 
 
 def _float32(x: Tensor) -> Tensor:

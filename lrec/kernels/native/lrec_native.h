@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 
-#define LREC_ABI 2
+#define LREC_ABI 3
 
 // How numbers are stored: as integers, float16, bfloat16 or float32, or not at all.
 enum LrecKind : int32_t { LREC_NONE = 0, LREC_CODES = 1, LREC_HALF = 16, LREC_BFLOAT = 17, LREC_FLOAT = 32 };
@@ -74,6 +74,9 @@ int32_t lrec_abi(void);
 // "avx512", "avx2" or "portable": which implementation runs on this machine. LREC_CPU=portable or LREC_CPU=avx2 in the
 // environment asks for no more than that.
 const char* lrec_cpu_path(void);
+
+// Whether it may use the CPU's own instructions for bfloat16 products.
+int32_t lrec_multiplies_bfloat16(void);
 
 // decode: out[n - first, k] = w[n, k] for first <= n < last, float32, row-major with K columns.
 // gemv: y[t, n] = sum_k x[t, k] w[n, k] for T rows of x with leading dimension ldx, y with leading dimension ldy; meant for

@@ -72,3 +72,11 @@ extern "C" int32_t lrec_abi(void) { return LREC_ABI; }
 extern "C" const char* lrec_cpu_path(void) {
     return cpu() == Cpu::AVX512 ? "avx512" : cpu() == Cpu::AVX2 ? "avx2" : "portable";
 }
+
+extern "C" int32_t lrec_multiplies_bfloat16(void) {
+#ifdef LREC_X86
+    return cpu() == Cpu::AVX512 && __builtin_cpu_supports("avx512bf16") != 0;
+#else
+    return 0;
+#endif
+}
