@@ -20,8 +20,8 @@ MEASURED = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
 )
 
-# Run in a process of its own, which forks for each case: a child first passes over a tiny model, so that every library is
-# loaded and the workspaces are made.
+# Run in a process of its own, which forks for each case: a child first passes over a tiny model, so that every library
+# is loaded and the workspaces are made.
 MEASURE = """
 import json, os, sys, torch
 from pathlib import Path
@@ -36,11 +36,12 @@ from lrec.stream import StreamedModel
 def run(name, length, settings):
     streamed = StreamedModel(Path(name), torch.float32)
     ids = torch.arange(8 * length).view(8, length) % 256
-    Pass(streamed, GPTQ(group_size=32), Calibration(ids), Path(f"packed-{os.getpid()}-{name}"), PassSettings(**settings)).run()
+    output = Path(f"packed-{os.getpid()}-{name}")
+    Pass(streamed, GPTQ(group_size=32), Calibration(ids), output, PassSettings(**settings)).run()
 
 def measure(settings):
     run("tiny", 16, settings)
-    kernels.matmul(torch.ones(64, 2048), RTN()(torch.ones(2048, 2048)))  # the kernels' panel, of one size for all models
+    kernels.matmul(torch.ones(64, 2048), RTN()(torch.ones(2048, 2048)))  # the kernels' panel, of one size for all
     meter = Meter(torch.device("cpu"))
     run("model", int(sys.argv[1]), settings)
     print(meter.peak(), flush=True)
