@@ -38,7 +38,8 @@ readers: $(READY) .readers/installed
 # What is not in the environment, in a folder of its own: nothing here is needed to use lrec.
 .readers/installed:
 	echo "building llama.cpp and fetching other readers into .readers (once, ten minutes)"
-	$(PYTHON) -m pip install -qq --no-deps --target .readers llama-cpp-python==0.3.36 diskcache==5.6.3 \
+	CMAKE_BUILD_PARALLEL_LEVEL=$(CORES) CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O1" \
+		$(PYTHON) -m pip install -qq --no-deps --target .readers llama-cpp-python==0.3.36 diskcache==5.6.3 \
 		hqq==0.2.8.post1 einops==0.8.2 termcolor==3.3.0
 	touch $@
 

@@ -147,7 +147,8 @@ def llama_cpp_logits(ids: Tensor, model: Path, lora: Path | None = None) -> Tens
 def llama_cpp_reader(model: Path, lora: Path | None, num_tokens: int):
     """A `llama_cpp.Llama` that keeps all logits and multiplies by weights as they are in the file.
 
-    Left to itself it repacks them for AMX, whose instructions some virtual machines announce and then forbid.
+    Left to itself it repacks them for AMX, whose instructions some virtual machines announce and then forbid, and
+    rounds cached keys and values to float16.
     """
     from llama_cpp import Llama, llama_cpp
 
@@ -160,6 +161,8 @@ def llama_cpp_reader(model: Path, lora: Path | None, num_tokens: int):
 
     llama_cpp.llama_model_default_params = as_in_the_file
     try:
-        return Llama(str(model), lora_path=lora and str(lora), n_ctx=num_tokens, logits_all=True, verbose=False)
+        cache = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+        lora_path = lora and str(lora)
+        return Llama(str(model), lora_path=lora_path, n_ctx=num_tokens, logits_all=True, verbose=False, **cache)
     finally:
         llama_cpp.llama_model_default_params = defaults

@@ -172,7 +172,9 @@ def check(model_dir, file, adapter=None, lora=None):
         with torch.no_grad():
             likeliest = model.generate(input_ids=torch.tensor([ids]), **asked)[0].tolist()
         for reader, bound in ((packed, allowed), (twin, 2e-2)):
-            assert tie_where_they_part(model, greedy(reader, ids), likeliest) <= 2 * bound, prompt
+            parting = tie_where_they_part(model, greedy(reader, ids), likeliest)
+            print(f"    continued {'alike' if parting == 0 else f'otherwise where two tokens are {parting:.4f} apart'}")
+            assert parting <= 2 * bound, prompt
 
 
 @pytest.mark.parametrize("kind", KINDS)
