@@ -110,20 +110,24 @@ def rewrite(streamed: StreamedModel, output_dir: Path, convert: Convert, dtype: 
     are as stored; with a `dtype` all floats are in that.
     """
     specs, shards = packed(streamed.directory), []
+    streamed.free(None)  # all is read as stored
     for part in Progress([*range(len(streamed)), None], "write", "block"):
         tensors = streamed.stored(part)
         for name, spec in specs.items():
             if f"{name}.qweight" in tensors:
                 weight = formats.build({held: tensors.pop(f"{name}.{held}") for held in spec["tensors"]}, spec)
                 own = convert(name, weight) if anatomy.in_block(name) else decoded(weight, streamed)
-                tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
-        tensors = experts.fuse_tensors(streamed.model, tensors)
-        if dtype is not None:
-            tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+                tensors |= {f"{name}.{key}": cast(tensor, dtype) for key, tensor in own.items()}
+        tensors = experts.fuse_tensors(streamed.model, {name: cast(t, dtype) for name, t in tensors.items()})
         path = output_dir / f"model-{len(shards) + 1:05}-of-{len(streamed) + 1:05}.safetensors"
         checkpoint.write_tensors(path, tensors)
         shards.append(path)
     checkpoint.write_index(output_dir, shards)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor in this dtype if it holds floats and a dtype is given, else as it is."""
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 def decoded(weight: Packed, streamed: StreamedModel) -> dict[str, Tensor]:

@@ -28,13 +28,13 @@ class Merged(Export):
     def write(self, model_dir: Path, adapter_dir: Path | None, output_dir: Path) -> dict:
         """See `Export.write`. Raises ValueError for adapters that are not plain LoRA or belong to another base."""
         meta = packed_config(model_dir).get("meta", {})
-        streamed = StreamedModel(model_dir, torch.float32)
+        streamed = StreamedModel(model_dir, self.dtype)
         adapter = LoraFiles(adapter_dir, meta.get("packed_sha256")) if adapter_dir else None
 
         def dense(name: str, packed: Packed) -> dict[str, Tensor]:
             delta = adapter.delta(name) if adapter else None
             weight = (adapter.packed(name, packed) if adapter else packed).unpack()
-            return {"weight": weight if delta is None else weight + delta}
+            return {"weight": weight if delta is None else weight.add_(delta)}
 
         rewrite.rewrite(streamed, output_dir, dense, self.dtype)
         if adapter:
