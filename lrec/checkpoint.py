@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from lrec import documents
+from lrec import documents, tensor_file
 from lrec.documents import read as read_json
 
 SINGLE = "model.safetensors"
@@ -33,12 +32,12 @@ PARSED_ELSEWHERE = ("tokenizer.json", "vocab.json")
 
 def write_json(path: Path, value) -> None:
     """Writes JSON atomically: a reader sees the old file or the new one."""
-    _replace(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    _replace(path, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
     """Writes a .jsonl file atomically, a row a line."""
-    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    _replace(path, ((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows))
 
 
 def without_folders(value):
@@ -51,9 +50,9 @@ def without_folders(value):
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file atomically, `metadata` in its header; tensors are made contiguous on the CPU."""
-    contiguous = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-    _replace(path, save(contiguous, metadata={"format": "pt"} | (metadata or {})))
+    """Writes a safetensors file atomically, `metadata` in its header, without a copy of what is written. Raises
+    ValueError for a dtype that is not stored."""
+    _replace(path, tensor_file.parts(tensors, {"format": "pt"} | (metadata or {})))
 
 
 def open_tensors(path: Path):
@@ -281,11 +280,11 @@ def adapter_bytes(directory: Path | None) -> int:
     return (path.stat().st_size if path.exists() else 0) + adapter_bytes(correction_of(directory))
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
