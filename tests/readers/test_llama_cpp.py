@@ -31,6 +31,8 @@ KINDS = {
     "q4_1": ("--bits", "4", "--group_size", "32"),
 }
 Q2_0 = 42
+# How far a file may be from the model it was made of: Q4_1 holds a group's smallest value, -scale * zero, as a float16.
+ROUNDED = {"q2_0": 0.0, "q4_0": 0.0, "q4_1": 5e-2}
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +180,17 @@ def check(model_dir, file, adapter=None, lora=None):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_llama_cpp_says_what_our_model_says(exported, kind):
+def test_llama_cpp_says_what_our_model_says(exported, kind, tmp_path):
+    """Ours is the file taken over again, bit for bit; it and the model that was exported are compared first."""
     model_dir, directory = exported(kind)
-    check(model_dir, directory / "model.gguf")
+    assert main(["import", "--model", str(directory), "--output_dir", str(tmp_path / "back")]) == 0
+    sides = [load.model(str(path), dtype="float32") for path in (tmp_path / "back", model_dir)]
+    for prompt in PROMPTS:
+        ids = load.tokenizer(str(model_dir))(prompt).input_ids
+        rounding = apart(*(ours(model, ids) for model in sides), ids)
+        print(f"{prompt[:20]!r}: the file is {rounding:.4f} from the model")
+        assert rounding <= ROUNDED[kind], prompt
+    check(tmp_path / "back", directory / "model.gguf")
 
 
 def test_llama_cpp_says_it_with_the_adapter(exported, tmp_path):
