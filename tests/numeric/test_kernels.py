@@ -6,6 +6,7 @@ kernels are among them where its interpreter runs them (`TRITON_INTERPRET=1`), a
 
 import os
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -23,10 +24,15 @@ from lrec.kernels import Call
 from tests.checks import TOLERANCE, assert_close
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ROWS = (0, 1, 2, 3, 5, 16, 17, 33) if not INTERPRETED else (0, 1, 9)
+ROWS = (0, 1, 2, 3, 5, 16, 17, 33)
 # Levels, and what columns carry, become halves on their way into the product, so a decoded weight is rounded twice.
 ROUNDS = {("fused_triton", "codebook"), ("fused_triton", "salient")}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Interpreted kernels take a tenth of a second, and only their tiles depend on the rows of x, only their loads and
+# stores on its dtype.
+CALLS = [(dtype, T) for dtype in DTYPES for T in ROWS]
+if INTERPRETED:
+    CALLS = [(torch.float32, 9), (torch.float16, 0), (torch.float16, 1), (torch.bfloat16, 9)]
 
 
 def uniform(N, K, bits, group_size, zero, scale_bits=16):
@@ -141,7 +147,7 @@ EXAMPLES = {
         "4bit-spanned": (outlier, 37, 576, 4, 5, 0.05, True),
         "2bit-rare": (outlier, 64, 576, 2, 4, 0.001),
         "2bit-none": (outlier, 5, 33, 2, 7, 0.0),
-        "3bit-dense-small-tiles": (outlier, 41, 401, 3, 4, 0.6, False, 100),
+        "3bit-dense-small-tiles": (outlier, 19, 203, 3, 4, 0.6, False, 100),
     },
     "salient": {
         "odd": (salient, 41, 401),
@@ -178,6 +184,7 @@ def widest(kernel, packed):
     return next((dtype for dtype in DTYPES if served(kernel, packed, dtype, 1)), None)
 
 
+@cache
 def pairs():
     """(kernel name, format, case) for all of which a kernel takes one row."""
     return [
@@ -212,18 +219,17 @@ def test_product_equals_float64(poisoned, name, format_name, case):
     kernel, packed = registry.find("kernels", name), example(format_name, case)
     w_NK = packed.unpack().double()
     checked = 0
-    for dtype in DTYPES:
-        for T in ROWS:
-            for transpose in (False, True):
-                if served(kernel, packed, dtype, T, transpose):
-                    inner = packed.shape[0 if transpose else 1]
-                    x = torch.randn(T, inner, generator=torch.Generator().manual_seed(T)).to(dtype)
-                    y = kernel.matmul(x, packed, transpose)
-                    assert y.dtype is dtype
-                    expected = multiplied(kernel, x, packed).double() @ (w_NK if transpose else w_NK.t())
-                    assert_close(y, expected, TOLERANCE[dtype], f"{dtype} T={T} transpose={transpose}")
-                    checked += 1
-    assert checked >= len(ROWS)
+    for dtype, T in CALLS:
+        for transpose in (False, True):
+            if served(kernel, packed, dtype, T, transpose):
+                inner = packed.shape[0 if transpose else 1]
+                x = torch.randn(T, inner, generator=torch.Generator().manual_seed(T)).to(dtype)
+                y = kernel.matmul(x, packed, transpose)
+                assert y.dtype is dtype
+                expected = multiplied(kernel, x, packed).double() @ (w_NK if transpose else w_NK.t())
+                assert_close(y, expected, TOLERANCE[dtype], f"{dtype} T={T} transpose={transpose}")
+                checked += 1
+    assert checked >= len({T for _, T in CALLS})
 
 
 @pytest.mark.parametrize(("name", "format_name", "case"), pairs())
@@ -258,18 +264,21 @@ def test_gradient_equals_float64(poisoned, monkeypatch, name, format_name, case)
 def test_identity_gives_the_decoded_weight_bit_for_bit(poisoned, name, format_name, case):
     kernel, packed = registry.find("kernels", name), example(format_name, case)
     dtype = widest(kernel, packed)
+    # Interpreted, a row of the identity costs as much as all columns of W, which the product has been tested with.
+    some = slice(None, None, 7 if INTERPRETED and name == "fused_triton" else 1)
     eye_KK, w_NK = torch.eye(packed.shape[1], dtype=dtype), packed.unpack().to(dtype)
     if hasattr(kernel, "activations"):
         pytest.skip(f"{name} rounds activations: its scale 1/127 is no power of two")
     if (name, format_name) in ROUNDS:
         pytest.skip(f"{name} rounds parts of {format_name} weights to halves")
-    assert torch.equal(kernel.matmul(eye_KK, packed, False), w_NK.t())
+    assert torch.equal(kernel.matmul(eye_KK[some], packed, False), w_NK.t()[some])
     step = 3 if not INTERPRETED else packed.shape[1]
     for start in range(0, packed.shape[1], step):  # few rows of x, which kernels serve by other code than many
         if served(kernel, packed, dtype, 3):
             assert torch.equal(kernel.matmul(eye_KK[start : start + 3], packed, False), w_NK.t()[start : start + 3])
     if served(kernel, packed, dtype, packed.shape[0], True):
-        assert torch.equal(kernel.matmul(torch.eye(packed.shape[0], dtype=dtype), packed, True), w_NK)
+        eye_NN = torch.eye(packed.shape[0], dtype=dtype)
+        assert torch.equal(kernel.matmul(eye_NN[some], packed, True), w_NK[some])
 
 
 @pytest.mark.parametrize(("name", "format_name", "case"), pairs())
@@ -279,7 +288,7 @@ def test_arguments_survive(name, format_name, case):
     x = torch.randn(3, packed.shape[1], dtype=widest(kernel, packed))
     kept = x.clone()
     first = kernel.matmul(x, packed, False)
-    assert torch.equal(first, kernel.matmul(x, packed, False)), "two runs differ"
+    assert INTERPRETED or torch.equal(first, kernel.matmul(x, packed, False)), "two runs differ"
     assert torch.equal(x, kept)
     assert all(torch.equal(before[key], value) for key, value in packed.tensors().items())
 

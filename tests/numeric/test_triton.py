@@ -24,13 +24,29 @@ from tests.checks import TOLERANCE, assert_close
 from tests.numeric.test_kernels import EXAMPLES, INTERPRETED, binary, codebook, example, ternary, uniform
 
 ROOT = Path(__file__).parents[2]
-# Of the suite's cases; an interpreted product takes a tenth of a second.
-CASES = (
-    "2bit-g128-41x401 or 2bit-g64-19x203 or 2bit-g100 or 3bit-g64-19x203 or 3bit-g0-3x17 or 4bit-g64-19x203 or "
-    "8bit-g0-3x17 or 2bit-weight-blocks or 3bit-rows or 4bit-weight-blocks or 1plane or odd or ternary-rows or tiny or "
-    "2bit-scales8 or outlier-2bit "
-    "or (identity and slab and (groups or 2planes or twice or scales8 or none or all or tiny or longer or spanned))"
+# Of the suite's cases, for each kind of codes, zeros and scales, and of group that a tile holds, cuts or lies in.
+PRODUCTS = (
+    "2bit-g64-19x203 or 2bit-g100 or 3bit-g64-19x203 or 3bit-g0-3x17 or 4bit-g64-19x203 or 8bit-g0-3x17 or "
+    "2bit-scales8 or 2bit-weight-blocks or 3bit-rows or 4bit-weight-blocks or 1plane or odd or ternary-rows or tiny"
 )
+# What slabs decode is seen by identity; their products show how each dtype is stored, and outliers are on their own.
+SLABS = "2bit-g64-19x203 or outlier-2bit or 3bit-rows or salient-odd"
+DECODED = "groups or 2planes or twice or scales8 or none or all or tiny or longer or spanned or small-tiles"
+SUITE = f"""triton and (
+    (product and ((fused and ({PRODUCTS})) or (slab and ({SLABS}))))
+    or (identity and ({PRODUCTS} or outlier-2bit or 2bit-g128-41x401 or (slab and ({DECODED}))))
+    or (contiguous and fused and (2bit-g64-19x203 or salient-odd))
+    or (arguments and ({PRODUCTS} or outlier-2bit))
+)"""
+if INTERPRETED:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    # Whoever launches a kernel has patched triton's language for it; triton 3.7 does so again at each call of a function
+    # in the kernel, which takes a third of the time.
+    patching = InterpretedFunction.__call__
+    InterpretedFunction.__call__ = lambda self, *args, **kwargs: (
+        self.rewrite()(*args, **kwargs) if self.fn.__module__.startswith("lrec") else patching(self, *args, **kwargs)
+    )
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_interpreter, in a process of its own")
 
 
@@ -39,7 +55,7 @@ def test_under_the_interpreter():
     pytest.importorskip("triton", reason="triton is not installed: no kernel to interpret")
     files = ["tests/numeric/test_triton.py", "tests/numeric/test_kernels.py"]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-x", "-k", f"test_triton or (triton and ({CASES}))", *files],
+        [sys.executable, "-m", "pytest", "-v", "-x", "-k", f"test_triton or ({' '.join(SUITE.split())})", *files],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -63,8 +79,8 @@ def test_under_the_interpreter():
 @pytest.mark.parametrize(
     ("format_name", "case"),
     [
-        ("uniform", "2bit-g64-37x1271-zero-codes"),
-        ("uniform", "3bit-g48-64x576-zero-codes"),
+        ("uniform", "2bit-g128-41x401-zero-float16"),
+        ("uniform", "3bit-g64-19x203-zero-codes"),
         ("outlier", "3bit-dense-small-tiles"),
     ],
 )
@@ -86,12 +102,11 @@ def test_many_slabs_equal_one(monkeypatch, format_name, case, transpose):
 def test_every_tiling_gives_the_product(config, num_rows):
     from lrec.kernels.gpu.fused import product
 
-    for packed in (uniform(70, 1271, 2, 64, torch.float16), uniform(70, 1000, 4, 0, None), binary(40, 700, 2, 128)):
+    for packed in (uniform(35, 601, 2, 64, torch.float16), uniform(35, 300, 4, 0, None), binary(20, 700, 2, 128)):
         if config.KP in Weight.of(packed).fitting():
             x = torch.randn(num_rows, packed.shape[1]).half()
             y = product(x, packed, config)
             assert_close(y, x.double() @ packed.unpack().double().t(), TOLERANCE[torch.float16], str(config))
-            assert torch.equal(y, product(x, packed, config)), "two runs differ"
 
 
 @interpreted
@@ -102,12 +117,11 @@ def test_every_tiling_gives_the_gradient(config, num_rows):
     from lrec.kernels.gpu.gradient import gradient
 
     half = torch.float16
-    for packed in (uniform(70, 427, 2, 64, half), uniform(70, 300, 4, 0, None), binary(40, 700, 2, 128, half)):
+    for packed in (uniform(70, 203, 2, 64, half), uniform(70, 100, 4, 0, None), binary(40, 300, 2, 128, half)):
         if config.KP in Weight.of(packed).fitting():
             dy = torch.randn(num_rows, packed.shape[0]).half()
             dx = gradient(dy, packed, config)
             assert_close(dx, dy.double() @ packed.unpack().double(), TOLERANCE[half], str(config))
-            assert torch.equal(dx, gradient(dy, packed, config)), "two runs differ"
 
 
 @interpreted
