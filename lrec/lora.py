@@ -6,20 +6,19 @@ them (autograd holds a reference), and all is added up in place. With t = A x, g
 
     dx = dy W + dropout'(g A)      dA = g^T x~      dB = s dy^T t
 
-No product is N x K. Floats of the packed weight that are trained get their gradients from the same x and dy. Where x
-and the adapter differ in dtype, x is cast by rows, `CAST_ELEMENTS` at a time, and dropped.
+No product is N x K. A x is made once for all layers that share x (`lrec.shared_inputs`), and s B A x, like g A, is
+added by the kernel of the packed product, before rounding where that can. Floats of the packed weight that are trained
+get their gradients from the same x and dy. Where x and the adapter differ in dtype, x is cast by rows,
+`kernels.CAST_ELEMENTS` at a time, and dropped.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lrec import formats, kernels
-from lrec.nn import PackedLinear
-
-CAST_ELEMENTS = 2**22
+from lrec import formats, kernels, shared_inputs
+from lrec.kernels import LowRank, add_product, slices
+from lrec.nn import PackedLinear, plain, undisturbed
 
 
 def lora_linear(
@@ -30,7 +29,12 @@ def lora_linear(
     The adapter sees each entry of x with probability 1 - `dropout`, and computes in its own dtype or in that of an
     enclosing autocast, as peft's composition does. Raises ValueError if x does not fit the weight.
     """
-    return _LoraLinear.apply(x, a_RK, b_NR, base, scaling, dropout, *base.op_tensors())
+    dtype = a_RK.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    base.check(x)
+    t_TR = None if dropout or not undisturbed(x) else shared_inputs.project(x, a_RK, dtype)
+    return _LoraLinear.apply(x, a_RK, b_NR, t_TR, base, scaling, dropout, dtype, *base.op_tensors())
 
 
 def add_low_rank(y: Tensor, x: Tensor, a_RK: Tensor, b_NR: Tensor, scaling: float) -> Tensor:
@@ -41,20 +45,15 @@ def add_low_rank(y: Tensor, x: Tensor, a_RK: Tensor, b_NR: Tensor, scaling: floa
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, a_RK, b_NR, base, scaling, dropout, *tensors):
-        dtype = a_RK.dtype
-        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
-        y = base(x)
-        x_TK, y_TN = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        keep_TK = None
+    def forward(ctx, x, a_RK, b_NR, t_TR, base, scaling, dropout, dtype, *tensors):
+        x_TK, keep_TK = x.reshape(-1, x.shape[-1]), None
         if dropout:
             keep_TK = torch.empty_like(x_TK, dtype=torch.bool).bernoulli_(1 - dropout)
-        t_TR = x.new_empty(len(x_TK), len(a_RK), dtype=dtype)
-        for rows in _slices(x_TK, dtype):
-            torch.mm(_dropped(x_TK, keep_TK, dropout, rows, dtype), a_RK.to(dtype).t(), out=t_TR[rows])
-        for rows in _slices(y_TN, dtype):
-            _add_product(y_TN[rows], t_TR[rows], b_NR.to(dtype).t(), scaling)
+        if t_TR is None:
+            t_TR = x.new_empty(len(x_TK), len(a_RK), dtype=dtype)
+            for rows in slices(x_TK, dtype):
+                torch.mm(_dropped(x_TK, keep_TK, dropout, rows, dtype), a_RK.to(dtype).t(), out=t_TR[rows])
+        y = base(x, added=LowRank(t_TR, b_NR.t(), scaling))
         ctx.key, ctx.fields, ctx.scaling, ctx.dropout, ctx.dtype = base.key, base.trained, scaling, dropout, dtype
         ctx.save_for_backward(x, t_TR, keep_TK, a_RK, b_NR, *tensors)
         return y
@@ -69,23 +68,18 @@ class _LoraLinear(torch.autograd.Function):
         needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
         g_TR = torch.empty_like(t_TR)
         db_NR = b_NR.new_zeros(b_NR.shape, dtype=wide) if needs_b else None
-        for rows in _slices(dy_TN, dtype):
+        for rows in slices(dy_TN, dtype):
             part = dy_TN[rows].to(dtype)
             torch.mm(part, b_NR.to(dtype), out=g_TR[rows]).mul_(ctx.scaling)
             if needs_b:
-                _add_product(db_NR, part.t(), t_TR[rows], ctx.scaling)
+                add_product(db_NR, part.t(), t_TR[rows], ctx.scaling)
         da_RK = a_RK.new_zeros(a_RK.shape, dtype=wide) if needs_a else None
         if needs_a:
-            for rows in _slices(x_TK, dtype):
-                _add_product(da_RK, g_TR[rows].t(), _dropped(x_TK, keep_TK, ctx.dropout, rows, dtype))
+            for rows in slices(x_TK, dtype):
+                add_product(da_RK, g_TR[rows].t(), _dropped(x_TK, keep_TK, ctx.dropout, rows, dtype))
         dx_TK = None
         if needs_x:
-            dx_TK = torch.ops.lrec.matmul(dy_TN, tensors, ctx.key, True)
-            for rows in _slices(dx_TK, dtype, masked=keep_TK is not None):
-                if keep_TK is None:
-                    _add_product(dx_TK[rows], g_TR[rows], a_RK.to(dtype))
-                else:
-                    dx_TK[rows] += _scale_kept(g_TR[rows] @ a_RK.to(dtype), keep_TK[rows], ctx.dropout)
+            dx_TK = _input_gradient(dy_TN, tensors, ctx.key, LowRank(g_TR, a_RK), keep_TK, ctx.dropout)
             dx_TK = dx_TK.to(x.dtype).view(x.shape)
         da_RK = None if da_RK is None else da_RK.to(a_RK.dtype)
         db_NR = None if db_NR is None else db_NR.to(b_NR.dtype)
@@ -93,14 +87,24 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.fields:
             packed = formats.build_by_key(tensors, ctx.key)
             of_base = kernels.field_gradients(packed, ctx.fields, dy_TN, packed.kept_input(x_TK, ctx.fields))
-        return dx_TK, da_RK, db_NR, None, None, None, *of_base
+        return dx_TK, da_RK, db_NR, *(None,) * 5, *of_base
 
 
-def _slices(like: Tensor, dtype: torch.dtype, masked: bool = False) -> Iterator[slice]:
-    """All rows at once where nothing has to be copied, else as many as `CAST_ELEMENTS` allows."""
-    copies = masked or like.dtype != dtype
-    step = max(1, CAST_ELEMENTS // max(1, like.shape[1])) if copies else max(1, len(like))
-    return (slice(start, start + step) for start in range(0, len(like), step))
+def _input_gradient(
+    dy_TN: Tensor, tensors: list[Tensor], key: str, adapters: LowRank, keep_TK: Tensor | None, p: float
+) -> Tensor:
+    """dy W + dropout'(g A) (T, K) in dy's dtype."""
+    if keep_TK is None and plain(dy_TN):
+        return kernels.multiply(dy_TN, formats.build_by_key(tensors, key), True, adapters)
+    dx_TK = torch.ops.lrec.matmul(dy_TN, tensors, key, True)
+    if keep_TK is None:
+        return adapters.add_to(dx_TK)
+    g_TR, a_RK = adapters.left_TR, adapters.right_RN.to(adapters.left_TR.dtype)
+    step = max(1, kernels.CAST_ELEMENTS // max(1, dx_TK.shape[1]))
+    for start in range(0, len(dx_TK), step):
+        rows = slice(start, start + step)
+        dx_TK[rows] += _scale_kept(g_TR[rows] @ a_RK, keep_TK[rows], p)
+    return dx_TK
 
 
 def _dropped(x_TK: Tensor, keep_TK: Tensor | None, p: float, rows: slice, dtype: torch.dtype) -> Tensor:
@@ -110,11 +114,3 @@ def _dropped(x_TK: Tensor, keep_TK: Tensor | None, p: float, rows: slice, dtype:
 
 def _scale_kept(values: Tensor, keep: Tensor, p: float) -> Tensor:
     return (values * keep).mul_(1 / (1 - p) if p < 1 else 0.0)
-
-
-def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    """out += scale * left @ right; the sum is rounded once, to out's dtype."""
-    if out.dtype == left.dtype:
-        out.addmm_(left, right, alpha=scale)
-    else:
-        out.add_(left @ right, alpha=scale)

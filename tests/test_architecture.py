@@ -13,7 +13,7 @@ FLOORS = [
     "formats",
     "grid descent kernels statistics",
     "quantizers nn",
-    "lora",
+    "lora shared_inputs",
     "anatomy cache checkpoint cpu_embeddings embeddings head losses lowrank optimizers teacher text topk ggml foreign "
     "checkpoints",
     "trained record card export_card export_record logbook",

@@ -12,6 +12,7 @@ reasons. `LREC_KERNEL=name` forces one kernel, and the call raises with its reas
 
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,6 +24,7 @@ from lrec.formats import Packed
 
 # What in the environment decides which kernel serves.
 ASKED = ("LREC_KERNEL", "LREC_ACTIVATION_BITS")
+CAST_ELEMENTS = 2**22  # what is cast at once, and dropped
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,37 @@ class Call:
     dtype: torch.dtype
     num_rows: int
     transpose: bool = False
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """scale * left right, to be added to a product (T, width): `left` (T, R) and `right` (R, width), in the dtype of
+    `left`."""
+
+    left_TR: Tensor
+    right_RN: Tensor
+    scale: float = 1.0
+
+    def add_to(self, y_TN: Tensor) -> Tensor:
+        """y itself, with this added in place; each sum is rounded once, to y's dtype."""
+        right_RN = self.right_RN.to(self.left_TR.dtype)
+        for rows in slices(y_TN, self.left_TR.dtype):
+            add_product(y_TN[rows], self.left_TR[rows], right_RN, self.scale)
+        return y_TN
+
+
+def slices(like: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """All rows at once where nothing has to be cast to `dtype`, else as many as `CAST_ELEMENTS` allows."""
+    step = len(like) if like.dtype == dtype else CAST_ELEMENTS // max(1, like.shape[1])
+    return (slice(start, start + max(1, step)) for start in range(0, len(like), max(1, step)))
+
+
+def add_product(out: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """out += scale * left @ right; the sum is rounded once, to out's dtype."""
+    if out.dtype == left.dtype:
+        out.addmm_(left, right, alpha=scale)
+    else:
+        out.add_(left @ right, alpha=scale)
 
 
 class Kernel:
@@ -54,6 +87,11 @@ class Kernel:
     def matmul(cls, x_TK: Tensor, packed: Packed, transpose: bool) -> Tensor:
         """x W^T of shape (T, N), or with `transpose` x W of shape (T, K), in x's dtype."""
         raise NotImplementedError
+
+    @classmethod
+    def matmul_plus(cls, x_TK: Tensor, packed: Packed, transpose: bool, added: LowRank) -> Tensor:
+        """`matmul` with `added` added; by a kernel that can, before the product is rounded or written."""
+        return added.add_to(cls.matmul(x_TK, packed, transpose))
 
 
 Base = Kernel
@@ -120,11 +158,13 @@ def _warn_once(device: str, dtype: str, format: str, reasons: str) -> None:
         )
 
 
-def multiply(x: Tensor, packed: Packed, transpose: bool = False) -> Tensor:
-    """The op's body: the product by the kernel that serves the call, without gradient and unseen by tracers."""
+def multiply(x: Tensor, packed: Packed, transpose: bool = False, added: LowRank | None = None) -> Tensor:
+    """The op's body: the product by the kernel that serves the call, without gradient and unseen by tracers; `added`,
+    if given, is added to it."""
     call = Call(x.device.type, x.dtype, x.shape[0], transpose)
     asked = tuple(map(os.environ.get, ASKED))
-    return _choose(call, packed.key, asked).matmul(x, packed, transpose)
+    kernel = _choose(call, packed.key, asked)
+    return kernel.matmul(x, packed, transpose) if added is None else kernel.matmul_plus(x, packed, transpose, added)
 
 
 @torch.library.custom_op("lrec::matmul", mutates_args=())

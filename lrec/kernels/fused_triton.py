@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from lrec.formats import Packed
-from lrec.kernels import Call, Kernel, gpu
+from lrec.kernels import Call, Kernel, LowRank, gpu
 from lrec.kernels.gpu import tiling, tuning
 from lrec.kernels.gpu.tiling import Weight
+
+MAX_RANK = 256  # of an adapter that is added on the way; 16 columns of it fill the registers
 
 
 class FusedTriton(Kernel):
@@ -44,10 +46,21 @@ class FusedTriton(Kernel):
     @classmethod
     def matmul(cls, x_TK: Tensor, packed: Packed, transpose: bool) -> Tensor:
         """See `Kernel.matmul`."""
+        return cls._multiply(x_TK, packed, transpose, None)
+
+    @classmethod
+    def matmul_plus(cls, x_TK: Tensor, packed: Packed, transpose: bool, added: LowRank) -> Tensor:
+        """See `Kernel.matmul_plus`; adapters of a rank above `MAX_RANK` are added to the product that was written."""
+        if added.left_TR.shape[1] > MAX_RANK:
+            return super().matmul_plus(x_TK, packed, transpose, added)
+        return cls._multiply(x_TK, packed, transpose, added)
+
+    @classmethod
+    def _multiply(cls, x_TK: Tensor, packed: Packed, transpose: bool, added: LowRank | None) -> Tensor:
         from lrec.kernels.gpu.fused import product
         from lrec.kernels.gpu.gradient import gradient
 
         if x_TK.shape[0] == 0:
             return x_TK.new_empty(0, packed.shape[1 if transpose else 0])
         with gpu.on(x_TK.device):
-            return (gradient if transpose else product)(x_TK, packed)
+            return (gradient if transpose else product)(x_TK, packed, added=added)

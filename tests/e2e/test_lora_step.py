@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
-from lrec import anatomy, lora
+from lrec import anatomy, kernels
 from lrec.formats.uniform import Uniform
 from lrec.integrations.peft import LoraPackedLinear
 from lrec.nn import PackedLinear
@@ -67,7 +67,7 @@ def gradients(layer, x, upstream):
 )  # fmt: skip
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_values_and_gradients_are_pefts_in_float64(x_dtype, dtype, autocast, shape, slices, dropout, monkeypatch):
-    monkeypatch.setattr(lora, "CAST_ELEMENTS", max(1, torch.Size(shape).numel() // slices))
+    monkeypatch.setattr(kernels, "CAST_ELEMENTS", max(1, torch.Size(shape).numel() // slices))
     base = packed(29, 41)
     fused = lora_layer(base, dtype, lora_dropout=dropout)
     assert type(fused) is LoraPackedLinear and fused._plain_adapters() == ["default"]

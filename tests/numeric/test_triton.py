@@ -41,8 +41,8 @@ SUITE = f"""triton and (
 if INTERPRETED:
     from triton.runtime.interpreter import InterpretedFunction
 
-    # Whoever launches a kernel has patched triton's language for it; triton 3.7 does so again at each call of a function
-    # in the kernel, which takes a third of the time.
+    # Whoever launches a kernel has patched triton's language for it; triton 3.7 does so again at each call of a
+    # function in the kernel, which takes a third of the time.
     patching = InterpretedFunction.__call__
     InterpretedFunction.__call__ = lambda self, *args, **kwargs: (
         self.rewrite()(*args, **kwargs) if self.fn.__module__.startswith("lrec") else patching(self, *args, **kwargs)

@@ -6,7 +6,8 @@ Tensor cores sum q x over a tile of columns (`fields` says how); the scale and z
 once, not each weight. Codes of a codebook become its levels on the way (`levels`). `staging` prepares x for it.
 
 The sum over K is split over programs that write partial sums, and `add_up` adds these in one order: two runs are equal.
-The two parts of a salient weight (`terms`) are partial sums too.
+The two parts of a salient weight (`terms`) are partial sums too. Where an adapter's product is to be added, `finish`
+does it on the way, in float32: it costs no launch and no second pass over y, and y is rounded once.
 """
 
 import torch
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lrec.formats import Packed
-from lrec.kernels import gpu
+from lrec.kernels import LowRank, gpu
 from lrec.kernels.gpu import tuning
 from lrec.kernels.gpu.decode import zero_at
 from lrec.kernels.gpu.fields import fields_of, order
@@ -23,6 +24,8 @@ from lrec.kernels.gpu.levels import level, look_up, planes_of
 from lrec.kernels.gpu.staging import groups_of, staged
 from lrec.kernels.gpu.terms import Term, arguments, terms
 from lrec.kernels.gpu.tiling import Config, Tiling
+
+BESIDE, BESIDE_ROWS = 4096, 8  # factors of an adapter that a program holds, and rows it has them for
 
 
 @triton.jit
@@ -133,18 +136,54 @@ def add_up(partial, out, size, splits, BLOCK: tl.constexpr):
     tl.store(out + i, total.to(out.dtype.element_ty), i < size)
 
 
-def product(x_TK: Tensor, packed: Packed, config: Config | None = None) -> Tensor:
-    """x W^T (T, N) in x's dtype, half or bfloat16, for a weight that `tiling.refuses` does not refuse. `config` is that
-    of a weight of one term; the fastest that is known serves if it is None."""
+@triton.jit(do_not_specialize=["M", "splits"])
+def add_up_beside(
+    partial, left, right, out, M, N, splits, scale, stride_m, stride_r, stride_k, stride_n,
+    R: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """out[m, n] = the sum of partial[s, m, n], s ascending, and of scale * left[m, r] * right[r, n]. RP is R up to a
+    power of two; a program holds its columns of `right` for BM rows."""
+    n, r = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, RP)
+    at = right + r[None, :] * stride_k + n[:, None] * stride_n
+    factors = tl.load(at, (r[None, :] < R) & (n[:, None] < N), 0).to(tl.float32)
+    first = tl.program_id(1) * BM
+    for m in range(first, tl.minimum(M, first + BM)):
+        total = tl.zeros((BN,), tl.float32)
+        for s in range(splits):
+            total += tl.load(partial + (s * M + m) * N + n, n < N, 0)
+        row = tl.load(left + m * stride_m + r * stride_r, r < R, 0).to(tl.float32)
+        total += scale * tl.sum(factors * row[None, :], 1)
+        tl.store(out + m * N + n, total.to(out.dtype.element_ty), n < N)
+
+
+def finish(partial_STN: Tensor, y_TN: Tensor, added: LowRank | None) -> None:
+    """Writes the sum of the partial sums, and `added`, to y."""
+    splits, T, N = partial_STN.shape
+    if added is None:
+        add_up[(-(-T * N // 1024),)](partial_STN, y_TN, T * N, splits, BLOCK=1024)
+        return
+    left, right, R = added.left_TR, added.right_RN, added.left_TR.shape[1]
+    RP = triton.next_power_of_2(R)
+    BN = BESIDE // RP
+    add_up_beside[(-(-N // BN), -(-T // BESIDE_ROWS))](
+        partial_STN, left, right, y_TN, T, N, splits, float(added.scale), *left.stride(), *right.stride(),
+        R=R, RP=RP, BN=BN, BM=BESIDE_ROWS,
+    )  # fmt: skip
+
+
+def product(x_TK: Tensor, packed: Packed, config: Config | None = None, added: LowRank | None = None) -> Tensor:
+    """x W^T (T, N), and `added`, in x's dtype, half or bfloat16, for a weight that `tiling.refuses` does not refuse.
+    `config` is that of a weight of one term; the fastest that is known serves if it is None."""
     N, T = packed.shape[0], x_TK.shape[0]
     parts = [(term, config or tuning.config(term.weight, T)) for term in terms(packed)]
     splits = [_splits(term, T, config) for term, config in parts]
     y = x_TK.new_empty(T, N, dtype=gpu.stored(x_TK.dtype))
-    out = y[None] if sum(splits) == 1 else x_TK.new_empty(sum(splits), T, N, dtype=torch.float32)
+    written = sum(splits) == 1 and added is None
+    out = y[None] if written else x_TK.new_empty(sum(splits), T, N, dtype=torch.float32)
     for (term, config), mine in zip(parts, out.split(splits), strict=True):
         _multiply(x_TK, term, config, mine)
-    if len(out) > 1:
-        add_up[(-(-T * N // 1024),)](out, y, T * N, len(out), BLOCK=1024)
+    if not written:
+        finish(out, y, added)
     return y.to(x_TK.dtype)
 
 

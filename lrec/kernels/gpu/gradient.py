@@ -17,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lrec.formats import Packed
-from lrec.kernels import gpu
+from lrec.kernels import LowRank, gpu
 from lrec.kernels.gpu import tuning
 from lrec.kernels.gpu.decode import zero_at
 from lrec.kernels.gpu.fields import factors, fields_of, order
-from lrec.kernels.gpu.fused import add_up, loaded
+from lrec.kernels.gpu.fused import finish, loaded
 from lrec.kernels.gpu.staging import first_group, groups_of
 from lrec.kernels.gpu.terms import arguments, scale_up, terms
 from lrec.kernels.gpu.tiling import Config, Tiling
@@ -97,9 +97,9 @@ def multiply_back(
         tl.store(out + (split * M + m) * K + k, values.to(out.dtype.element_ty), mine)
 
 
-def gradient(dy_TN: Tensor, packed: Packed, config: Config | None = None) -> Tensor:
-    """dY W (T, K) in dy's dtype, half or bfloat16, for a weight that `tiling.refuses` does not refuse. The fastest
-    Config that is known serves if none is given."""
+def gradient(dy_TN: Tensor, packed: Packed, config: Config | None = None, added: LowRank | None = None) -> Tensor:
+    """dY W (T, K), and `added`, in dy's dtype, half or bfloat16, for a weight that `tiling.refuses` does not refuse. The
+    fastest Config that is known serves if none is given."""
     (N, K), T = packed.shape, dy_TN.shape[0]
     (term,) = terms(packed)
     weight = term.weight
@@ -113,7 +113,8 @@ def gradient(dy_TN: Tensor, packed: Packed, config: Config | None = None) -> Ten
     per_split = -(-tiles // config.splits)
     splits = -(-tiles // per_split)
     dx = dy_TN.new_empty(T, K, dtype=gpu.stored(dy_TN.dtype))
-    out = dx if splits == 1 else dy_TN.new_empty(splits, T, K, dtype=torch.float32)
+    written = splits == 1 and added is None
+    out = dx[None] if written else dy_TN.new_empty(splits, T, K, dtype=torch.float32)
     (codes, scale, zero, _, _, stride, G, words, _), more = arguments(term)
     constants = {"BITS": weight.bits, "F": weight.fields, "KP": config.KP, "GT": shape.GT, "BM": shape.BM}
     constants |= {"BN": config.BN, "EVEN": shape.even, "ASM": not gpu.interpreted()}
@@ -123,6 +124,6 @@ def gradient(dy_TN: Tensor, packed: Packed, config: Config | None = None) -> Ten
         order(weight, dy_TN.device), T, N, K, stride, G, words, tiles, per_split,
         **constants, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    if splits > 1:
-        add_up[(-(-T * K // 1024),)](out, dx, T * K, splits, BLOCK=1024)
+    if not written:
+        finish(out, dx, added)
     return dx.to(dy_TN.dtype)
