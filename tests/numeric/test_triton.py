@@ -15,11 +15,13 @@ import pytest
 import torch
 
 from lrec import kernels
-from lrec.kernels import Call, gpu, slab_triton
+from lrec.kernels import Call, LowRank, gpu, slab_triton
 from lrec.kernels.fused_triton import FusedTriton
 from lrec.kernels.gpu import tiling, tuning
 from lrec.kernels.gpu.tiling import Config, Weight
 from lrec.kernels.slab_triton import SlabTriton
+from lrec.lora import lora_linear
+from lrec.nn import PackedLinear
 from tests.checks import TOLERANCE, assert_close
 from tests.numeric.test_kernels import EXAMPLES, INTERPRETED, binary, codebook, example, ternary, uniform
 
@@ -122,6 +124,53 @@ def test_every_tiling_gives_the_gradient(config, num_rows):
             dy = torch.randn(num_rows, packed.shape[0]).half()
             dx = gradient(dy, packed, config)
             assert_close(dx, dy.double() @ packed.unpack().double(), TOLERANCE[half], str(config))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("name", "case", "transpose", "rank"),
+    [
+        ("uniform", "2bit-g64-19x203-zero-codes", False, 5),
+        ("uniform", "2bit-g64-19x203-zero-codes", True, 16),
+        ("uniform", "3bit-g0-3x17-zero-codes", False, 1),
+        ("salient", "odd", False, 16),
+        ("ternary", "tiny", True, 64),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "wide"), [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
+def test_an_adapter_is_added_before_rounding(monkeypatch, name, case, transpose, rank, dtype, wide):
+    packed = example(name, case)
+    if name == "ternary":
+        packed = replace(packed, scale=packed.scale.half())
+    inner, width = packed.shape if transpose else packed.shape[::-1]
+    x, left = torch.randn(9, inner).to(dtype), torch.randn(9, 3 * rank).to(wide)[:, rank : 2 * rank]
+    right = torch.randn(rank, width).to(wide) if transpose else torch.randn(width, rank).to(wide).t()
+    w, added = packed.unpack().double(), LowRank(left, right, 0.7)
+    exact = x.double() @ (w if transpose else w.t()) + 0.7 * left.double() @ right.double()
+    after = FusedTriton.matmul(x, packed, transpose)
+    assert_close(added.add_to(after), exact, TOLERANCE[dtype], "added after it was rounded")
+    monkeypatch.setattr(LowRank, "add_to", None)
+    y = FusedTriton.matmul_plus(x, packed, transpose, added)
+    assert y.dtype is dtype
+    assert_close(y, exact, 0.4 * TOLERANCE[dtype], "added on the way")
+
+
+@interpreted
+@pytest.mark.parametrize("T", [1, 3, 70])
+def test_a_lora_step_is_that_of_float64(monkeypatch, T):
+    monkeypatch.delenv("LREC_KERNEL", raising=False)
+    kernels._choose.cache_clear()
+    packed = uniform(48, 256, 2, 64, torch.float16)
+    x, upstream, a, b = (torch.randn(shape).bfloat16() for shape in ((T, 256), (T, 48), (4, 256), (48, 4)))
+    tensors = [t.clone().requires_grad_() for t in (x, a.float(), b.float())]
+    y = lora_linear(tensors[0], PackedLinear(packed), *tensors[1:], scaling=0.5)
+    y.backward(upstream)
+    exact = [t.double().requires_grad_() for t in (x, a, b)]
+    expected = exact[0] @ (packed.unpack().double() + 0.5 * exact[2] @ exact[1]).t()
+    expected.backward(upstream.double())
+    assert_close(y.detach(), expected.detach(), TOLERANCE[torch.bfloat16], "y")
+    for what, found, reference in zip("xAB", tensors, exact, strict=True):
+        assert_close(found.grad, reference.grad, TOLERANCE[torch.bfloat16], what)
 
 
 @interpreted

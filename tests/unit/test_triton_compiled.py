@@ -22,6 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from lrec.kernels import LowRank  # noqa: E402
 from lrec.kernels.gpu import decode, fused, gradient, outliers, staging, terms, tiling  # noqa: E402
 
 CAPABILITIES = (80, 89, 90, 120)
@@ -60,8 +61,9 @@ def compiled(recorder, capability, launch=0):
             signature[parameter.name] = ("i32",) * len(value)
             hints |= {(i, j): [["tt.divisibility", 16]] for j, item in enumerate(value) if item % 16 == 0}
         else:
-            signature[parameter.name] = "i32" if isinstance(value, int) else TYPES[value.dtype]
-            if not isinstance(value, int) or (value % 16 == 0 and special):
+            kinds = {int: "i32", float: "fp32"}
+            signature[parameter.name] = kinds.get(type(value)) or TYPES[value.dtype]
+            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0 and special):
                 hints[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, hints)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -109,22 +111,27 @@ def weight(name):
     return uniform(N, K, int(bits), 128, {"float": torch.float16, "codes": "codes", "none": None}[zero])
 
 
-def launched(monkeypatch, name, num_rows, transpose=False):
-    """Recorders of the fused kernels of a product, or gradient, of so many rows; and the Config of its last part."""
-    places = {"stage_rows": gradient, "multiply_back": gradient, "add_up": gradient}
-    if not transpose:
-        places = {"stage": staging, "multiply": fused, "add_up": fused}
+def launched(monkeypatch, name, num_rows, transpose=False, rank=0):
+    """Recorders of the fused kernels of a product, or gradient, of so many rows; and the Config of its last part. An
+    adapter of that rank is added, if it has one."""
+    ends = {"add_up": fused, "add_up_beside": fused}
+    places = {"stage_rows": gradient, "multiply_back": gradient} if transpose else {"stage": staging, "multiply": fused}
+    places |= ends
     kernels = {kernel: Recorder(getattr(module, kernel)) for kernel, module in places.items()}
     for kernel, recorder in kernels.items():
         monkeypatch.setattr(places[kernel], kernel, recorder)
     packed = weight(name)
     x = torch.zeros(num_rows, packed.shape[0 if transpose else 1], dtype=torch.bfloat16)
+    # Laid out as B and A are.
+    N, K = packed.shape
+    right = torch.zeros(rank, K) if transpose else torch.zeros(N, rank).t()
+    added = LowRank(torch.zeros(num_rows, rank), right, 2.0) if rank else None
     if transpose:
         config = tiling.default_gradient(tiling.Weight.of(packed), num_rows)
-        gradient.gradient(x, packed, config)
+        gradient.gradient(x, packed, config, added)
     else:
         config = tiling.default(terms.terms(packed)[-1].weight, num_rows)
-        fused.product(x, packed)
+        fused.product(x, packed, added=added)
     return kernels, config
 
 
@@ -186,11 +193,24 @@ def test_more_rows_do_not_spill(monkeypatch, tmp_path, name, num_rows):
         assert stack == 0 and not any(op.startswith(("LDL", "STL")) for _, op, _ in listing), kernel
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("rank", [8, 16, 64, 256])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_adapters_are_added_without_spills_by_long_loads(monkeypatch, tmp_path, transpose, rank):
+    kernels, _ = launched(monkeypatch, "2bit-codes", 4, transpose, rank)
+    assert not kernels["add_up"].launches
+    listing, stack = sass(compiled(kernels["add_up_beside"], 90).asm["cubin"], tmp_path / "cubin")
+    assert stack == 0 and not any(op.startswith(("LDL", "STL")) for _, op, _ in listing)
+    # Rows of B of other ranks need not begin at a multiple of sixteen bytes that the compiler knows.
+    assert rank % 16 or any(op.startswith("LDG") and op.endswith(".128") for _, op, _ in listing)
+
+
+# Tensor cores are programmed alike before sm_90 and in sm_120, and `multiply` is compiled for sm_90 above.
 @pytest.mark.parametrize(
-    ("kernel", "name"),
-    [(kernel, "2bit-codes") for kernel in ("stage", "multiply", "add_up", "stage_rows", "multiply_back")]
-    + [("multiply", name) for name in ("codebook", "levels3-row", "ternary")] + [("stage", "salient")],
+    ("kernel", "name", "capability"),
+    [(kernel, "2bit-codes", capability) for capability in CAPABILITIES
+     for kernel in ("stage", "multiply", "add_up", "stage_rows", "multiply_back")]
+    + [("multiply", name, capability) for name in ("codebook", "levels3-row", "ternary") for capability in (80, 120)]
+    + [("stage", "salient", 90)],
 )  # fmt: skip
 def test_the_fused_product_compiles(monkeypatch, kernel, name, capability):
     kernels, _ = launched(monkeypatch, name, 4, transpose=kernel in ("stage_rows", "multiply_back"))
@@ -200,8 +220,11 @@ def test_the_fused_product_compiles(monkeypatch, kernel, name, capability):
     assert on_tensor_cores == kernel.startswith("multiply")
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("name", ["2bit-codes", "3bit-float", "codebook", "binary", "ternary", "salient", "outlier"])
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [(name, 90) for name in ("2bit-codes", "3bit-float", "codebook", "binary", "ternary", "salient", "outlier")]
+    + [(name, capability) for name in ("3bit-float", "outlier") for capability in (80, 89, 120)],
+)
 def test_slabs_compile_and_store_sixteen_bytes(monkeypatch, tmp_path, name, capability):
     packed = weight(name)
     kernel = decode.DECODERS[type(packed).name()](packed)[0]

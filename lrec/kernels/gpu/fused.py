@@ -164,7 +164,7 @@ def finish(partial_STN: Tensor, y_TN: Tensor, added: LowRank | None) -> None:
         return
     left, right, R = added.left_TR, added.right_RN, added.left_TR.shape[1]
     RP = triton.next_power_of_2(R)
-    BN = BESIDE // RP
+    BN = min(256, BESIDE // RP)
     add_up_beside[(-(-N // BN), -(-T // BESIDE_ROWS))](
         partial_STN, left, right, y_TN, T, N, splits, float(added.scale), *left.stride(), *right.stride(),
         R=R, RP=RP, BN=BN, BM=BESIDE_ROWS,

@@ -98,8 +98,8 @@ def multiply_back(
 
 
 def gradient(dy_TN: Tensor, packed: Packed, config: Config | None = None, added: LowRank | None = None) -> Tensor:
-    """dY W (T, K), and `added`, in dy's dtype, half or bfloat16, for a weight that `tiling.refuses` does not refuse. The
-    fastest Config that is known serves if none is given."""
+    """dY W (T, K), and `added`, in dy's dtype, half or bfloat16, for a weight that `tiling.refuses` does not refuse.
+    The fastest Config that is known serves if none is given."""
     (N, K), T = packed.shape, dy_TN.shape[0]
     (term,) = terms(packed)
     weight = term.weight
