@@ -29,12 +29,9 @@ def lora_linear(
     The adapter sees each entry of x with probability 1 - `dropout`, and computes in its own dtype or in that of an
     enclosing autocast, as peft's composition does. Raises ValueError if x does not fit the weight.
     """
-    dtype = a_RK.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
     base.check(x)
-    t_TR = None if dropout or not undisturbed(x) else shared_inputs.project(x, a_RK, dtype)
-    return _LoraLinear.apply(x, a_RK, b_NR, t_TR, base, scaling, dropout, dtype, *base.op_tensors())
+    t_TR = None if dropout or not undisturbed(x) else shared_inputs.project(x, a_RK, _dtype(x, a_RK))
+    return _LoraLinear.apply(x, a_RK, b_NR, t_TR, base, scaling, dropout, *base.op_tensors())
 
 
 def add_low_rank(y: Tensor, x: Tensor, a_RK: Tensor, b_NR: Tensor, scaling: float) -> Tensor:
@@ -45,8 +42,8 @@ def add_low_rank(y: Tensor, x: Tensor, a_RK: Tensor, b_NR: Tensor, scaling: floa
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, a_RK, b_NR, t_TR, base, scaling, dropout, dtype, *tensors):
-        x_TK, keep_TK = x.reshape(-1, x.shape[-1]), None
+    def forward(ctx, x, a_RK, b_NR, t_TR, base, scaling, dropout, *tensors):
+        x_TK, keep_TK, dtype = x.reshape(-1, x.shape[-1]), None, _dtype(x, a_RK)
         if dropout:
             keep_TK = torch.empty_like(x_TK, dtype=torch.bool).bernoulli_(1 - dropout)
         if t_TR is None:
@@ -87,7 +84,13 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.fields:
             packed = formats.build_by_key(tensors, ctx.key)
             of_base = kernels.field_gradients(packed, ctx.fields, dy_TN, packed.kept_input(x_TK, ctx.fields))
-        return dx_TK, da_RK, db_NR, *(None,) * 5, *of_base
+        return dx_TK, da_RK, db_NR, *(None,) * 4, *of_base
+
+
+def _dtype(x: Tensor, a_RK: Tensor) -> torch.dtype:
+    """What an adapter computes in."""
+    autocast = torch.is_autocast_enabled(x.device.type) and a_RK.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if autocast else a_RK.dtype
 
 
 def _input_gradient(

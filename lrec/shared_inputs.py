@@ -7,8 +7,9 @@ let go with x, so autograd and checkpointing see what they would see without, an
 
 Few rows are not worth it: the A's would have to be copied beside each other, which takes more than reading x again.
 
-The first pass finds out who joins, and its products may differ from later ones in the last bit. Training that must
-repeat bit for bit lets some tokens through the model before its first step, as LrecTrainer does to verify the head.
+The first pass finds out who joins, and its products may differ from later ones in the last bit. So passes without a
+gradient only find out: what a model answers must not depend on what it was asked before. Training that must repeat bit
+for bit lets some tokens through the model before its first step, as LrecTrainer does to verify the head.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ _JOINED = WeakTensorKeyDictionary()  # A -> weak references to those that joined
 
 def project(x: Tensor, a_RK: Tensor, dtype: torch.dtype) -> Tensor:
     """x A^T (T, R) in `dtype` for x of shape (..., K), made when it was first asked for with this x if A has joined
-    another; without gradient."""
+    another; no gradient flows through it."""
     x_TK = x.detach().reshape(-1, x.shape[-1])
     if len(x_TK) < 2 or x.is_inference():  # such tensors have no version
         return product(x_TK, [a_RK], dtype)
@@ -47,7 +48,7 @@ def project(x: Tensor, a_RK: Tensor, dtype: torch.dtype) -> Tensor:
         return product(x_TK, [a_RK], dtype)
     if anew:
         together = [a_RK, *_followers(a_RK)]
-        if len(x_TK) <= sum(map(len, together)):
+        if not torch.is_grad_enabled() or len(x_TK) <= sum(map(len, together)):
             together = [a_RK]
         parts = product(x_TK, together, dtype).split([len(a) for a in together], 1)
         seen = _SEEN[x] = _Seen(x._version, dtype, a_RK, dict(zip(together, parts, strict=True)))
