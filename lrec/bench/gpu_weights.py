@@ -6,6 +6,7 @@ from torch import Tensor
 from lrec.formats import Packed, pack_codes
 from lrec.formats.binary import Binary
 from lrec.formats.codebook import Codebook
+from lrec.formats.outlier import Outlier
 from lrec.formats.salient import Salient
 from lrec.formats.ternary import TRITS, Ternary
 from lrec.formats.uniform import Uniform, groups
@@ -27,8 +28,8 @@ def weights(N: int, K: int, group_size: int) -> list[Packed]:
 
 
 def others(N: int, K: int, group_size: int) -> list[Packed]:
-    """Kinds that are measured at one shape: sixteen levels in blocks of 64, trits, and a fifth of columns in 4 bits,
-    which has two kinds of codes and so no Config of its own to tune."""
+    """Kinds that are measured at one shape: sixteen levels in blocks of 64, trits, two bits with 5 % of outliers, and a
+    fifth of columns in 4 bits, which has two kinds of codes and so no Config of its own to tune."""
     blocks, G, S = N * K // 64, groups(K, group_size), K // 160 * 32
     table = torch.randn(16, device=DEVICE)
     levels = Codebook(
@@ -36,13 +37,15 @@ def others(N: int, K: int, group_size: int) -> list[Packed]:
     )
     bytes_NB = torch.randint(0, 243, (N, -(-K // TRITS)), dtype=torch.uint8, device=DEVICE)
     trits = Ternary(shape=(N, K), group_size=group_size, qweight=bytes_NB, scale=numbers(N, G))
+    codes, marked = torch.randint(0, 4, (N, K), device=DEVICE), torch.rand(N, K, device=DEVICE) < 0.05
+    outliers = Outlier.pack(codes, marked, (numbers(N, 2), numbers(N, 2)), 2, 6)
     mask = pack_codes((torch.randperm(K, device=DEVICE) < S).byte(), 1)
     salient = Salient(
         shape=(N, K), num_salient=S, qweight=words(N, (K - S) // 32), mask=mask, salient=words(N, S // 8),
         salient_scale=numbers(N), salient_zero=words(-(-N // 32) * 4), scale=numbers(N), offset=numbers(N),
         column=numbers(K - S),
     )  # fmt: skip
-    return [levels, trits, salient]
+    return [levels, trits, outliers, salient]
 
 
 def words(*shape: int) -> Tensor:

@@ -26,7 +26,7 @@ from tests.checks import TOLERANCE, assert_close
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROWS = (0, 1, 2, 3, 5, 16, 17, 33)
 # Levels, and what columns carry, become halves on their way into the product, so a decoded weight is rounded twice.
-ROUNDS = {("fused_triton", "codebook"), ("fused_triton", "salient")}
+ROUNDS = {("fused_triton", "codebook"), ("fused_triton", "salient"), ("fused_triton", "outlier")}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Interpreted kernels take a tenth of a second, and only their tiles depend on the rows of x, only their loads and
 # stores on its dtype.
@@ -144,7 +144,7 @@ EXAMPLES = {
     "outlier": {
         "2bit": (outlier, 41, 401, 2),
         "3bit": (outlier, 41, 1271, 3),
-        "4bit-spanned": (outlier, 37, 576, 4, 5, 0.05, True),
+        "4bit-spanned": (outlier, 37, 576, 4, 5, 0.05, True, 1000),
         "2bit-rare": (outlier, 64, 576, 2, 4, 0.001),
         "2bit-none": (outlier, 5, 33, 2, 7, 0.0),
         "3bit-dense-small-tiles": (outlier, 19, 203, 3, 4, 0.6, False, 100),

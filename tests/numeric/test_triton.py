@@ -29,7 +29,8 @@ ROOT = Path(__file__).parents[2]
 # Of the suite's cases, for each kind of codes, zeros and scales, and of group that a tile holds, cuts or lies in.
 PRODUCTS = (
     "2bit-g64-19x203 or 2bit-g100 or 3bit-g64-19x203 or 3bit-g0-3x17 or 4bit-g64-19x203 or 8bit-g0-3x17 or "
-    "2bit-scales8 or 2bit-weight-blocks or 3bit-rows or 4bit-weight-blocks or 1plane or odd or ternary-rows or tiny"
+    "2bit-scales8 or 2bit-weight-blocks or 3bit-rows or 4bit-weight-blocks or 1plane or odd or ternary-rows or tiny or "
+    "spanned or small-tiles"
 )
 # What slabs decode is seen by identity; their products show how each dtype is stored, and outliers are on their own.
 SLABS = "2bit-g64-19x203 or outlier-2bit or 3bit-rows or salient-odd"
@@ -134,6 +135,7 @@ def test_every_tiling_gives_the_gradient(config, num_rows):
         ("uniform", "2bit-g64-19x203-zero-codes", True, 16),
         ("uniform", "3bit-g0-3x17-zero-codes", False, 1),
         ("salient", "odd", False, 16),
+        ("outlier", "3bit-dense-small-tiles", False, 3),
         ("ternary", "tiny", True, 64),
     ],
 )
@@ -347,10 +349,10 @@ def test_without_a_gpu_both_refuse_in_words(monkeypatch):
     for packed, reason in (
         (example("codebook", "2bit-weight-blocks"), "cross rows"),
         (example("codebook", "2bit-groups-of-100-blocks-of-48"), "tables of 100"),
-        (example("outlier", "2bit"), "not outlier"),
+        (example("outlier", "2bit"), "rows of 401 are short against tiles of 16384"),
     ):
         assert reason in FusedTriton.refuses(Call("cuda", torch.bfloat16, 1), packed.spec())
-    for case in (example("codebook", "3bit-rows"), example("salient", "odd")):
+    for case in (example("codebook", "3bit-rows"), example("salient", "odd"), example("outlier", "4bit-spanned")):
         assert "no fused kernel" in FusedTriton.refuses(Call("cuda", torch.bfloat16, 1, True), case.spec())
     monkeypatch.setattr(gpu, "_installed", lambda: False)
     assert "pip install" in SlabTriton.refuses(Call("cuda", torch.bfloat16, 1), packed.spec())

@@ -102,8 +102,8 @@ def weight(name):
         return codebook(N, K, bits, table, 256 if whose == "group" else 0, 0, False, torch.float16)
     if name == "salient":
         return salient(N, K)
-    if name == "outlier":
-        return outlier(N, K, 2)
+    if name.startswith("outlier"):
+        return outlier(N, K, 2, spanned=name.endswith("spanned"), tile=4 * K)
     if name == "ternary":
         made = ternary(N, 1280, 128)
         return replace(made, scale=made.scale.half())
@@ -114,7 +114,7 @@ def weight(name):
 def launched(monkeypatch, name, num_rows, transpose=False, rank=0):
     """Recorders of the fused kernels of a product, or gradient, of so many rows; and the Config of its last part. An
     adapter of that rank is added, if it has one."""
-    ends = {"add_up": fused, "add_up_beside": fused}
+    ends = {"add_up": fused, "add_up_beside": fused, "outlier_products": outliers}
     places = {"stage_rows": gradient, "multiply_back": gradient} if transpose else {"stage": staging, "multiply": fused}
     places |= ends
     kernels = {kernel: Recorder(getattr(module, kernel)) for kernel, module in places.items()}
@@ -141,7 +141,7 @@ def launched(monkeypatch, name, num_rows, transpose=False, rank=0):
 LIMITS = {
     "2bit-float": 1.45, "2bit-codes": 1.6, "3bit-float": 1.6, "4bit-float": 1.45, "8bit-none": 2.2, "binary": 2.4,
     "levels2-row": 2.0, "levels3-row": 5.0, "levels4-one": 3.5, "levels4-group": 4.7, "codebook": 3.8,
-    "ternary": 2.8, "salient": 1.5,
+    "ternary": 2.8, "salient": 1.5, "outlier": 2.0, "outlier-spanned": 1.45,
 }  # fmt: skip
 
 
@@ -191,6 +191,18 @@ def test_more_rows_do_not_spill(monkeypatch, tmp_path, name, num_rows):
     for kernel in ("stage", "multiply"):
         listing, stack = sass(compiled(kernels[kernel], 90).asm["cubin"], tmp_path / "cubin")
         assert stack == 0 and not any(op.startswith(("LDL", "STL")) for _, op, _ in listing), kernel
+
+
+@pytest.mark.parametrize("num_rows", [1, 16])
+@pytest.mark.parametrize("name", ["outlier", "outlier-spanned"])
+def test_outliers_are_multiplied_without_spills(monkeypatch, tmp_path, name, num_rows):
+    recorder = launched(monkeypatch, name, num_rows)[0]["outlier_products"]
+    listing, stack = sass(compiled(recorder, 90).asm["cubin"], tmp_path / "cubin")
+    assert stack == 0 and not any(op.startswith(("LDL", "STL")) for _, op, _ in listing)
+    kwargs = recorder.launches[0][1]
+    counted = len(loop(listing)) * 128 / kwargs["BLOCK"]
+    print(f"{name}, {num_rows} rows: {counted:.0f} instructions a symbol of the index for sm_90")
+    assert counted <= 155 + 14 * num_rows  # what tiling.OUTLIER_ROWS was reckoned from
 
 
 @pytest.mark.parametrize("rank", [8, 16, 64, 256])

@@ -6,8 +6,9 @@ Tensor cores sum q x over a tile of columns (`fields` says how); the scale and z
 once, not each weight. Codes of a codebook become its levels on the way (`levels`). `staging` prepares x for it.
 
 The sum over K is split over programs that write partial sums, and `add_up` adds these in one order: two runs are equal.
-The two parts of a salient weight (`terms`) are partial sums too. Where an adapter's product is to be added, `finish`
-does it on the way, in float32: it costs no launch and no second pass over y, and y is rounded once.
+The two parts of a salient weight (`terms`) are partial sums too, and so is what `outliers` add. Where an adapter's
+product is to be added, `finish` does it on the way, in float32: it costs no launch and no second pass over y, and y is
+rounded once.
 """
 
 import torch
@@ -16,11 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lrec.formats import Packed
+from lrec.formats.outlier import Outlier
 from lrec.kernels import LowRank, gpu
 from lrec.kernels.gpu import tuning
 from lrec.kernels.gpu.decode import zero_at
 from lrec.kernels.gpu.fields import fields_of, order
 from lrec.kernels.gpu.levels import level, look_up, planes_of
+from lrec.kernels.gpu.outliers import add_outliers
 from lrec.kernels.gpu.staging import groups_of, staged
 from lrec.kernels.gpu.terms import Term, arguments, terms
 from lrec.kernels.gpu.tiling import Config, Tiling
@@ -178,10 +181,13 @@ def product(x_TK: Tensor, packed: Packed, config: Config | None = None, added: L
     parts = [(term, config or tuning.config(term.weight, T)) for term in terms(packed)]
     splits = [_splits(term, T, config) for term, config in parts]
     y = x_TK.new_empty(T, N, dtype=gpu.stored(x_TK.dtype))
-    written = sum(splits) == 1 and added is None
-    out = y[None] if written else x_TK.new_empty(sum(splits), T, N, dtype=torch.float32)
-    for (term, config), mine in zip(parts, out.split(splits), strict=True):
+    sums = sum(splits) + isinstance(packed, Outlier)
+    written = sums == 1 and added is None
+    out = y[None] if written else x_TK.new_empty(sums, T, N, dtype=torch.float32)
+    for (term, config), mine in zip(parts, out[: sum(splits)].split(splits), strict=True):
         _multiply(x_TK, term, config, mine)
+    if isinstance(packed, Outlier):
+        add_outliers(x_TK, packed, out[-1])
     if not written:
         finish(out, y, added)
     return y.to(x_TK.dtype)

@@ -11,6 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lrec.formats import Packed, unpack_codes
 from lrec.formats.binary import Binary
 from lrec.formats.codebook import Codebook
+from lrec.formats.outlier import Outlier
 from lrec.formats.salient import SALIENT_BITS, Salient
 from lrec.formats.ternary import Ternary
 from lrec.formats.uniform import Uniform, groups, power_of_two
@@ -40,6 +41,8 @@ class Term:
 def terms(packed: Packed) -> list[Term]:
     """What to add up for a weight that `tiling.refuses` does not refuse."""
     weight = Weight.of(packed)
+    if isinstance(packed, Outlier):
+        return [Term(inliers(packed), weight)]
     if not isinstance(packed, Salient):
         return [Term(packed, weight)]
     K, S = packed.shape[1], packed.num_salient
@@ -56,6 +59,16 @@ def terms(packed: Packed) -> list[Term]:
             signs = Binary(shape=shape, group_size=size, qweight=packed.qweight[:, None], alpha=alpha, offset=offset)
             found.append(Term(signs, part, places[S:], packed.column))
     return found
+
+
+def inliers(packed: Outlier) -> Packed:
+    """The weight that `packed` would be if none of its weights were an outlier."""
+    same = {"shape": packed.shape, "bits": packed.bits, "qweight": packed.qweight}
+    if packed.table is not None:
+        return Codebook(**same, group_size=packed.shape[1], block_size=0, table=packed.table[:, 0].contiguous())
+    # base + scale q = scale (q - zero)
+    scale = packed.scale[:, :1].contiguous()
+    return Uniform(**same, group_size=packed.shape[1], scale=scale, zero=-packed.base[:, :1].float() / scale)
 
 
 def _salient_first(mask_K: Tensor) -> Tensor:

@@ -24,7 +24,17 @@ LEVEL_COLUMNS = 16  # beside a row's table
 GRADIENT_COLUMNS = {1: 8, TRIT_BITS: 16, 2: 16, 3: 8, 4: 16, 8: 16}
 MAX_SPLITS = 16
 # What is multiplied, and the tensor whose values dy meets in gradients; None where these are left to slabs.
-SCALES = {"uniform": "scale", "binary": "alpha", "ternary": "scale", "codebook": None, "salient": None}
+SCALES = {
+    "uniform": "scale",
+    "binary": "alpha",
+    "ternary": "scale",
+    "codebook": None,
+    "salient": None,
+    "outlier": None,
+}
+# For sm_90 an outlier is compiled to 150 instructions and 13 for each row of x, and costs as much where it stands in
+# the row's tiles but not in the row. Beyond these limits writing and reading a decoded weight is reckoned to cost less.
+OUTLIER_ROWS, OUTLIER_TILES = 8, 4
 LARGE_N = 4096  # from here on, tiles of 128 rows are enough to go round
 PROGRAMS = 528  # four on each of 132 multiprocessors
 
@@ -49,7 +59,8 @@ class Weight:
 
     @classmethod
     def of_spec(cls, spec: dict) -> "Weight":
-        """The same from the spec alone; of a salient weight, that of its signs stands for both parts."""
+        """The same from the spec alone; of a salient weight, that of its signs stands for both parts, and of one with
+        outliers, that of the others."""
         format_name, (N, K) = spec["format"], spec["shape"]
         if format_name == "uniform":
             return cls(format_name, (N, K), spec["bits"], 1, spec["group_size"])
@@ -59,6 +70,8 @@ class Weight:
             return cls(format_name, (N, K), TRIT_BITS, 1, spec["group_size"])
         if format_name == "salient":
             return cls(format_name, (N, K), 1, 1, K)
+        if format_name == "outlier":
+            return cls(format_name, (N, K), spec["bits"], 1, K, "table" in spec["tensors"])
         table = spec["tensors"]["table"][1]
         grouped = len(table) == 3 and table[1] > 1
         block = spec["block_size"] if "scale" in spec["tensors"] else K
@@ -76,6 +89,11 @@ class Weight:
     def fields(self) -> int:
         """Codes in a word."""
         return FIELDS[self.bits]
+
+    @property
+    def default_crossover(self) -> int:
+        """Up to how many rows of x the product is thought to be faster than slabs where that was not measured."""
+        return min(self.max_columns, OUTLIER_ROWS) if self.format == "outlier" else self.max_columns
 
     @property
     def max_columns(self) -> int:
@@ -143,9 +161,12 @@ def refuses(spec: dict, transpose: bool = False) -> str | None:
     name = spec["format"]
     if name not in SCALES:
         return f"it multiplies {', '.join(SCALES)} weights, not {name}"
-    tensors = spec["tensors"]
-    if name == "codebook" and "scale" in tensors and spec["shape"][1] % spec["block_size"]:
-        return f"blocks of {spec['block_size']} weights that share a scale cross rows of {spec['shape'][1]}"
+    tensors, K = spec["tensors"], spec["shape"][1]
+    if name == "codebook" and "scale" in tensors and K % spec["block_size"]:
+        size = spec["block_size"]
+        return f"blocks of {size} weights that share a scale cross rows of {K}, as they seldom do: K is no multiple"
+    if name == "outlier" and OUTLIER_TILES * K < spec["tile"]:
+        return f"rows of {K} are short against tiles of {spec['tile']} weights, whose outliers each row would read"
     weight = Weight.of_spec(spec)
     if not weight.fitting():
         what = f"groups of {weight.group_size} columns"

@@ -47,7 +47,7 @@ def crossover(weight: Weight, transpose: bool = False) -> tuple[int, str]:
     measured = _measured(path(), device())
     rows = measured.get("crossover_rows", {}).get(kind(weight, transpose))
     if rows is None:
-        default = DEFAULT_GRADIENT_CROSSOVER[weight.bits] if transpose else weight.max_columns
+        default = DEFAULT_GRADIENT_CROSSOVER[weight.bits] if transpose else weight.default_crossover
         return default, "not measured on this GPU; `lrec bench kernels --device cuda` measures it"
     return rows, f"measured on {device()} on {measured['date']}"
 
