@@ -144,10 +144,10 @@ EXAMPLES = {
     "outlier": {
         "2bit": (outlier, 41, 401, 2),
         "3bit": (outlier, 41, 1271, 3),
-        "4bit-spanned": (outlier, 37, 576, 4, 5, 0.05, True, 1000),
+        "4bit-spanned": (outlier, 17, 576, 4, 5, 0.05, True, 1000),
         "2bit-rare": (outlier, 64, 576, 2, 4, 0.001),
         "2bit-none": (outlier, 5, 33, 2, 7, 0.0),
-        "3bit-dense-small-tiles": (outlier, 19, 203, 3, 4, 0.6, False, 100),
+        "3bit-dense-small-tiles": (outlier, 9, 203, 3, 4, 0.6, False, 100),
     },
     "salient": {
         "odd": (salient, 41, 401),

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lrec import kernels
-from lrec.kernels import Call, LowRank, gpu, slab_triton
+from lrec.kernels import Call, LowRank, fused_triton, gpu, slab_triton
 from lrec.kernels.fused_triton import FusedTriton
 from lrec.kernels.gpu import tiling, tuning
 from lrec.kernels.gpu.tiling import Config, Weight
@@ -134,6 +134,7 @@ def test_every_tiling_gives_the_gradient(config, num_rows):
         ("uniform", "2bit-g64-19x203-zero-codes", False, 5),
         ("uniform", "2bit-g64-19x203-zero-codes", True, 16),
         ("uniform", "3bit-g0-3x17-zero-codes", False, 1),
+        ("uniform", "8bit-g0-3x17-zero-codes", False, 300),
         ("salient", "odd", False, 16),
         ("outlier", "3bit-dense-small-tiles", False, 3),
         ("ternary", "tiny", True, 64),
@@ -149,12 +150,12 @@ def test_an_adapter_is_added_before_rounding(monkeypatch, name, case, transpose,
     right = torch.randn(rank, width).to(wide) if transpose else torch.randn(width, rank).to(wide).t()
     w, added = packed.unpack().double(), LowRank(left, right, 0.7)
     exact = x.double() @ (w if transpose else w.t()) + 0.7 * left.double() @ right.double()
-    after = FusedTriton.matmul(x, packed, transpose)
-    assert_close(added.add_to(after), exact, TOLERANCE[dtype], "added after it was rounded")
-    monkeypatch.setattr(LowRank, "add_to", None)
+    on_the_way = rank <= fused_triton.MAX_RANK
+    if on_the_way:
+        monkeypatch.setattr(LowRank, "add_to", None)
     y = FusedTriton.matmul_plus(x, packed, transpose, added)
     assert y.dtype is dtype
-    assert_close(y, exact, 0.4 * TOLERANCE[dtype], "added on the way")
+    assert_close(y, exact, TOLERANCE[dtype] * (0.4 if on_the_way else 1))
 
 
 @interpreted
