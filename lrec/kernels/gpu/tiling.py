@@ -165,7 +165,7 @@ def refuses(spec: dict, transpose: bool = False) -> str | None:
     if name == "codebook" and "scale" in tensors and K % spec["block_size"]:
         size = spec["block_size"]
         return f"blocks of {size} weights that share a scale cross rows of {K}, as they seldom do: K is no multiple"
-    if name == "outlier" and OUTLIER_TILES * K < spec["tile"]:
+    if name == "outlier" and spec["tile"] > OUTLIER_TILES * K:
         return f"rows of {K} are short against tiles of {spec['tile']} weights, whose outliers each row would read"
     weight = Weight.of_spec(spec)
     if not weight.fitting():
