@@ -25,6 +25,7 @@ def _plain(name: str) -> str:
 
 
 Count = Annotated[int, Field(ge=0, lt=2**62, strict=True)]
+Size = Annotated[int, Field(ge=1, lt=2**62, strict=True)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 FileName = Annotated[str, AfterValidator(_plain)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -107,7 +108,7 @@ class Spec(TypedDict):
 
     __pydantic_config__ = OPEN
     format: str
-    shape: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
     tensors: dict[str, Annotated[list[str | list[Count]], Field(min_length=2, max_length=2)]]
 
 
@@ -125,7 +126,7 @@ class Row(TypedDict):
 
     __pydantic_config__ = OPEN
     name: str
-    shape: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
     bytes: Count
     sha256: Digest
     bits: int | float
