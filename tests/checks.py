@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import time
 from functools import partial
@@ -130,11 +131,13 @@ def launch(job, count=2):
     """Runs job() in `count` processes that torchrun's agent starts in this one's name; raises what it raises."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(1, 1, count, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork")
+    meeting = {"run_id": "tests", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    config = LaunchConfig(1, 1, count, start_method="fork", max_restarts=0, **meeting)
     elastic_launch(config, _launched)(job)
 
 
 def _launched(job):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the agent's handler, which a process of torchrun has not
     torch.set_num_threads(1)
     job()
 

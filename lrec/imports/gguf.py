@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lrec import anatomy, checkpoint, foreign
+from lrec import anatomy, checkpoint, documents, foreign
 from lrec.formats import Packed
 from lrec.ggml import blocks
 from lrec.ggml.model import Names
@@ -99,8 +99,8 @@ def take(tensor, order: Tensor | None, is_linear: bool) -> dict[str, Tensor]:
 
 
 def only_file(model_dir: Path) -> Path:
-    """The GGUF file of a directory. Raises ValueError if there are several."""
+    """The GGUF file of a directory. Raises ValueError if there are several, or if it is no file of that directory."""
     files = sorted(model_dir.glob("*.gguf"))
     if len(files) > 1:
         raise ValueError(f"{model_dir} has {', '.join(f.name for f in files)}; put the one to import in its own folder")
-    return files[0]
+    return documents.own_file(files[0])
