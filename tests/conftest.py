@@ -17,7 +17,7 @@ from lrec import text
 
 
 def pytest_collection_finish():
-    """What the tests' modules have imported stays: a pass collects garbage at every block, which need not look there."""
+    """What tests have imported stays: passes collect garbage at every block, and need not look there."""
     gc.freeze()
 
 

@@ -1,7 +1,7 @@
 """Every verb with long work killed at random moments: given again, it ends with the bytes of a straight run.
 
-`LREC_KILLS=50 pytest tests/e2e/test_kills.py -s` spreads 50 kills over the verbs and says how many met them at work, and
-kills one or both of two processes as often in the verbs that processes share.
+`LREC_KILLS=50 pytest tests/e2e/test_kills.py -s` spreads 50 kills over the verbs and says how many met them at work; it
+kills one or both of two processes as often, in the verbs that processes share.
 """
 
 import os
