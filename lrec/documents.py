@@ -8,19 +8,21 @@ name are kept: a later lrec, or another library, wrote them.
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+MAX_NAME_BYTES = 255  # of a file, on what Linux, macOS and Windows have
 MAX_BYTES = 2**28  # of a JSON document: parsed, it takes ten times as much
 T = TypeVar("T")
 
 
 def _plain(name: str) -> str:
-    if Path(name).name != name or "\0" in name or not name:
-        raise ValueError("is outside its directory; the file is damaged or hostile")
+    if Path(name).name != name or "\0" in name or not name or len(os.fsencode(name)) > MAX_NAME_BYTES:
+        raise ValueError("is outside its directory, or no name of a file; the file is damaged or hostile")
     return name
 
 

@@ -48,7 +48,7 @@ def draw(rows: list[dict], directory: Path) -> str:
 
 def place(row: dict) -> tuple[float, float]:
     """Where a row stands in the picture."""
-    return row["bits_per_weight"], row["kl"]
+    return float(row["bits_per_weight"]), float(row["kl"])
 
 
 def add_labels(axes, points: list[dict]) -> None:
