@@ -207,7 +207,13 @@ def compared(folder):
     path = folder / compare.RESULTS
     # A row that is not found sound is measured again; measuring is not what reads the file.
     rows = {label: {"method": label} for label in (compare.FULL, *entries)} | job.finished(path, entries)
-    job.table(entries, rows, path)
+    figures = json.dumps([[row.get(name) for name in compare.COLUMNS] for row in rows.values()])
+    if figures not in DRAWN:  # a picture takes ten times what reading does
+        job.table(entries, rows, path)
+        DRAWN.add(figures)
+
+
+DRAWN: set[str] = set()
 
 
 def taken_over(folder):
