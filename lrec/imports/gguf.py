@@ -54,9 +54,10 @@ class Gguf(Import):
         def read(part: int | None) -> dict[str, Tensor]:
             prefix = None if part is None else f"{found.name(part)}."
             tensors = {}
-            for key in model.state_dict():
+            for key, expected in model.state_dict().items():
                 inside = key.startswith(prefix) if prefix else not key.startswith(f"{found.path}.")
                 if inside and names.name(key) in held:
+                    check_shape(held[names.name(key)], expected.shape)
                     layer = key.removesuffix(".weight")
                     own = take(held[names.name(key)], names.row_order(key), layer in linears)
                     tensors |= {f"{layer}.{field}" if field else key: tensor for field, tensor in own.items()}
@@ -83,6 +84,14 @@ def whole(path: Path):
         return gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a whole GGUF file ({error}); fetch or make it again") from error
+
+
+def check_shape(tensor, expected: torch.Size) -> None:
+    """Raises ValueError for a tensor of the file, whose sizes stand there from the last to the first, of another shape
+    than the model's."""
+    shape = [int(size) for size in tensor.shape[::-1]]
+    if shape != [*expected]:
+        raise ValueError(f"{tensor.name} has shape {shape}, but the model's is {[*expected]}; fetch or make it again")
 
 
 def take(tensor, order: Tensor | None, is_linear: bool) -> dict[str, Tensor]:
