@@ -7,6 +7,7 @@ is the only thing on stdout.
 
 import contextlib
 import errno
+import gc
 import json
 import sys
 
@@ -97,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
             join(verb)
         with contextlib.redirect_stdout(sys.stderr):
             load.quiet()
+            if argv is None:  # the process is this command's own
+                gc.freeze()  # a pass collects garbage at every block, and need not look at what was imported
             report = run(verb, values)
         if processes.is_main():
             print(json.dumps(report) if as_json else show(report))

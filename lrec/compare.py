@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -103,6 +104,10 @@ class Compare(Text, Place):
         if todo or FULL not in rows:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.measure(todo, rows, path)
+        return self.table(entries, rows, path)
+
+    def table(self, entries: Collection[str], rows: dict[str, dict], path: Path) -> dict:
+        """What is told of the rows, those of this call first; draws the picture beside the results."""
         order = [FULL, *entries, *(label for label in rows if label not in entries and label != FULL)]
         shown = [{name: rows[label].get(name) for name in COLUMNS} for label in order]
         errors = [{"method": label, "error": rows[label]["error"]} for label in order if "error" in rows[label]]

@@ -8,23 +8,26 @@ name are kept: a later lrec, or another library, wrote them.
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+MAX_NAME_BYTES = 255  # of a file, on what Linux, macOS and Windows have
 MAX_BYTES = 2**28  # of a JSON document: parsed, it takes ten times as much
 T = TypeVar("T")
 
 
 def _plain(name: str) -> str:
-    if Path(name).name != name or "\0" in name or not name:
-        raise ValueError("is outside its directory; the file is damaged or hostile")
+    if Path(name).name != name or "\0" in name or not name or len(os.fsencode(name)) > MAX_NAME_BYTES:
+        raise ValueError("is outside its directory, or no name of a file; the file is damaged or hostile")
     return name
 
 
 Count = Annotated[int, Field(ge=0, lt=2**62, strict=True)]
+Size = Annotated[int, Field(ge=1, lt=2**62, strict=True)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 FileName = Annotated[str, AfterValidator(_plain)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -107,7 +110,7 @@ class Spec(TypedDict):
 
     __pydantic_config__ = OPEN
     format: str
-    shape: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
     tensors: dict[str, Annotated[list[str | list[Count]], Field(min_length=2, max_length=2)]]
 
 
@@ -125,7 +128,7 @@ class Row(TypedDict):
 
     __pydantic_config__ = OPEN
     name: str
-    shape: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    shape: Annotated[list[Size], Field(min_length=2, max_length=2)]
     bytes: Count
     sha256: Digest
     bits: int | float

@@ -18,6 +18,7 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at import what its own formats lack here
     warnings.filterwarnings("ignore", module="transformers|peft|trl|accelerate")
+    warnings.filterwarnings("ignore", "'pin_memory' argument is set")  # said by torch of every training on a CPU
 
 
 def device_of(name: str = "auto") -> torch.device:

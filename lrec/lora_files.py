@@ -48,6 +48,10 @@ class LoraFiles:
                 f"{directory} is not a plain LoRA ({config.get('peft_type')}, {', '.join(odd)}); "
                 "merge it with peft's merge_and_unload instead"
             )
+        if unsaid := [key for key in ("r", "lora_alpha") if key not in config]:
+            raise ValueError(
+                f"{directory / 'adapter_config.json'} does not say {', '.join(unsaid)}; train or fetch it again"
+            )
         self.own_rank = config["r"]
         self.own_scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
         with checkpoint.open_tensors(directory / checkpoint.ADAPTER_WEIGHTS) as file:

@@ -46,6 +46,8 @@ def read_yaml(path: str) -> dict:
     """A YAML file of settings, flat. Raises ValueError if it is missing, not YAML or not a mapping."""
     import yaml
 
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"--config {path} is no ordinary file: name a YAML file of settings")
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:

@@ -14,11 +14,11 @@ DOT = 5  # half the side of a point's square, in pixels
 
 
 def draw(rows: list[dict], directory: Path) -> str:
-    """Writes quality.svg and quality.png from the rows that have a `kl`, at their `bits_per_weight`.
+    """Writes quality.svg and quality.png from the rows that have a `kl` and `bits_per_weight`.
 
     Returns where the picture is, or why there is none.
     """
-    points = sorted((row for row in rows if row.get("kl")), key=place)
+    points = sorted((row for row in rows if row.get("kl") and row.get("bits_per_weight")), key=place)
     if not points:
         return "none: no row has a KL"
     if find_spec("matplotlib") is None:
@@ -48,7 +48,7 @@ def draw(rows: list[dict], directory: Path) -> str:
 
 def place(row: dict) -> tuple[float, float]:
     """Where a row stands in the picture."""
-    return row["bits_per_weight"], row["kl"]
+    return float(row["bits_per_weight"]), float(row["kl"])
 
 
 def add_labels(axes, points: list[dict]) -> None:

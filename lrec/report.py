@@ -1,6 +1,7 @@
 """What can be told of a packed model from its files alone: what it holds, and which kernels would run it."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class Inspect:
             "total_bytes": checkpoint.weights_bytes(directory),
             "quantized_share": weights / (weights + dense),
             "num_layers": len(inside),
-            "layers": sorted(rows, key=lambda row: [int(p) if p.isdigit() else p for p in row["name"].split(".")]),
+            "layers": sorted(rows, key=lambda row: by_numbers(row["name"])),
         }
 
 
@@ -107,6 +108,11 @@ def packed_config(directory: Path) -> dict:
     for entry in config["layers"]:
         formats.check_spec(entry["spec"])
     return config
+
+
+def by_numbers(name: str) -> list[str | int]:
+    """A key that sorts names by the numbers in them, layer 2 before layer 10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def layer_row(name: str, spec: dict, stored: int) -> dict:

@@ -51,8 +51,13 @@ class Text:
     max_length: int = setting(512, "tokens in a window")
 
     def input_ids(self, tokenizer, seed: int | None):
-        """Windows (num_samples, max_length): a seeded random choice, or with no seed spaced evenly over the text."""
-        return text.windows(text.documents(self.dataset), tokenizer, self.max_length, self.num_samples, seed=seed)
+        """Windows (num_samples, max_length): a seeded random choice, or with no seed spaced evenly over the text.
+
+        A text that has fewer is refused, or with the default number taken whole, with a warning."""
+        fewer = self.num_samples == type(self).num_samples
+        return text.windows(
+            text.documents(self.dataset), tokenizer, self.max_length, self.num_samples, seed=seed, fewer=fewer
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ import json
 import re
 import sys
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -78,9 +79,16 @@ def _find(dataset: str) -> Path | re.Match:
     if match := HUB_DATASET.fullmatch(dataset):
         return match
     raise ValueError(
-        f"{nearest(name, _scripts(TEXT_SCRIPT), 'dataset')} A dataset is one of these, a .txt, .jsonl or .parquet "
-        "file, or a Hub id OWNER/NAME[[:CONFIG]:SPLIT]."
+        f"{_unknown('dataset', name, _scripts(TEXT_SCRIPT))} a .txt, .jsonl or .parquet file, or a Hub id "
+        "OWNER/NAME[[:CONFIG]:SPLIT]."
     )
+
+
+def _unknown(kind: str, name: str, scripts: Collection[str]) -> str:
+    """How the error begins for a name that is no script's, nor anything else that may be named."""
+    if not scripts:
+        return f"unknown {kind} {name!r}. A {kind} is"
+    return f"{nearest(name, scripts, kind)} A {kind} is one of these,"
 
 
 def model_path(name: str, revision: str | None = None) -> Path:
@@ -97,8 +105,8 @@ def model_path(name: str, revision: str | None = None) -> Path:
         path = _hub_model(name, revision)
     else:
         raise ValueError(
-            f"{nearest(name, _scripts(MODEL_SCRIPT), 'model')} A model is one of these, an existing folder (there is "
-            f"none of that name in {Path.cwd()}), or a Hub id OWNER/NAME."
+            f"{_unknown('model', name, _scripts(MODEL_SCRIPT))} an existing folder (there is none of that name in "
+            f"{Path.cwd()}), or a Hub id OWNER/NAME."
         )
     missing = [pattern for pattern in ("config.json", "*.safetensors") if not any(path.glob(pattern))]
     if missing:
@@ -122,12 +130,13 @@ def windows(
     num_samples: int | None = None,
     seed: int | None = 0,
     stride: int | None = None,
+    fewer: bool = False,
 ) -> Tensor:
     """Token ids (num_samples, length): the documents joined by EOS and cut into windows, `stride` (length) apart.
 
     With a seed, windows are drawn without replacement; with None, they are evenly spaced over the text; without
     num_samples, all come, in order. Equal arguments give equal windows. No BOS is added: a window starts mid-text.
-    Raises ValueError if the text is too short.
+    Raises ValueError if the text is too short; with `fewer` only for no window at all, else it warns and takes all.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{type(tokenizer).__name__} has no EOS token to put between documents; set its eos_token.")
@@ -137,11 +146,19 @@ def windows(
     ids = torch.tensor(list(itertools.chain.from_iterable([*document, tokenizer.eos_token_id] for document in batch)))
     stride = stride or length
     num_windows = max(0, (len(ids) - length) // stride + 1)
+    if fewer and num_samples is not None and 0 < num_windows < num_samples:
+        warnings.warn(
+            f"the text has {num_windows} windows of {length} tokens, which are all used: fewer than the {num_samples} "
+            "that are taken by default",
+            stacklevel=2,
+        )
+        num_samples = num_windows
     if num_windows < (num_samples or 1):
         needed = length + ((num_samples or 1) - 1) * stride
         raise ValueError(
             f"the text has {len(ids)} tokens in {len(texts)} documents; {num_samples or 1} windows of {length} tokens "
-            f"need {needed}. Take more text, or at most {num_windows} windows, or shorter ones."
+            f"need {needed}. Take more text, or at most {num_windows} windows (--num_samples), or shorter ones "
+            "(--max_length)."
         )
     cut = ids.unfold(0, length, stride)
     if num_samples is None:

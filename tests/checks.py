@@ -1,12 +1,15 @@
 """What several tests share: the one table of tolerances, closeness with a useful message, tiny random models, kills."""
 
+import gc
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import time
 from functools import partial
 
+import psutil
 import torch
 
 # Relative error (Frobenius) of a product against float64 of the same decoded weights, by dtype of x.
@@ -88,14 +91,28 @@ def _member(job, rank, count, port):
         torch.distributed.destroy_process_group()
 
 
+# What jobs import, so that they need not wait for it.
+PRELOADED = [
+    "lrec.correction",
+    "lrec.trainer",
+    "transformers.models.llama.modeling_llama",
+    "torch.distributed.launcher.api",
+]
+
+
 def _apart(job):
     # Forked from a server that imported what jobs need and ran nothing: a fork of a process whose OpenMP threads have
     # worked would hang at its first product.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lrec.correction", "lrec.trainer", "transformers.models.llama.modeling_llama"])
-    child = context.Process(target=job)
+    context.set_forkserver_preload(PRELOADED)
+    child = context.Process(target=_without_garbage, args=(job,))
     child.start()
     return child
+
+
+def _without_garbage(job):
+    gc.freeze()  # as in conftest.py
+    job()
 
 
 def run_apart(job):
@@ -110,8 +127,40 @@ def run_apart(job):
 MOST_KILLS = 60  # a short job is seldom met at work
 
 
-def kill_at_random(job, seconds, at_work, share=1.0, started=None):
-    """Runs job() in processes of their own and kills each (SIGKILL) at a random moment within `seconds`.
+def launch(job, count=2):
+    """Runs job() in `count` processes that torchrun's agent starts in this one's name; raises what it raises."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    meeting = {"run_id": "tests", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    config = LaunchConfig(1, 1, count, start_method="fork", max_restarts=0, **meeting)
+    elastic_launch(config, _launched)(job)
+
+
+def _launched(job):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the agent's handler, which a process of torchrun has not
+    torch.set_num_threads(1)
+    job()
+
+
+def kill_child(child, _):
+    """Kills a process."""
+    child.kill()
+
+
+def kill_workers(launcher, chance):
+    """Kills one or all of the processes that a launcher has started, or itself if there are none; waits for its end and
+    theirs."""
+    workers = psutil.Process(launcher.pid).children()
+    for victim in chance.choice([workers, workers[:1], workers[-1:]]) or [launcher]:
+        victim.kill()
+    launcher.join(60)
+    assert not launcher.is_alive(), "a launcher whose worker was killed went on for a minute"
+    _, alive = psutil.wait_procs(workers, 10)
+    assert not alive, "a worker outlived its launcher"
+
+
+def kill_at_random(job, seconds, at_work, share=1.0, started=None, kill=kill_child):
+    """Runs job() in processes of their own and kills each (SIGKILL, by `kill`) at a random moment within `seconds`.
 
     With `started`, every other one is first waited for until `started()`, and killed within a third of the time: the
     start of an interpreter takes most of a short job.
@@ -133,7 +182,8 @@ def kill_at_random(job, seconds, at_work, share=1.0, started=None):
                 time.sleep(0.001)
             moment /= 3
         child.join(moment)
-        child.kill()
+        if child.is_alive():
+            kill(child, moments)
         child.join()
         met += bool(at_work())
     assert met, "no kill met the job at work"

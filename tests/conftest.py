@@ -1,5 +1,6 @@
 """Surroundings of every test: no model hub, fixed seeds, and the real model and text where a test asks for them."""
 
+import gc
 import json
 import os
 
@@ -13,6 +14,11 @@ import torch
 from checks import tiny_model
 
 from lrec import text
+
+
+def pytest_collection_finish():
+    """What tests have imported stays: passes collect garbage at every block, and need not look there."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

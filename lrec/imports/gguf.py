@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lrec import anatomy, checkpoint, foreign
+from lrec import anatomy, checkpoint, documents, foreign
 from lrec.formats import Packed
 from lrec.ggml import blocks
 from lrec.ggml.model import Names
@@ -54,9 +54,10 @@ class Gguf(Import):
         def read(part: int | None) -> dict[str, Tensor]:
             prefix = None if part is None else f"{found.name(part)}."
             tensors = {}
-            for key in model.state_dict():
+            for key, expected in model.state_dict().items():
                 inside = key.startswith(prefix) if prefix else not key.startswith(f"{found.path}.")
                 if inside and names.name(key) in held:
+                    check_shape(held[names.name(key)], expected.shape)
                     layer = key.removesuffix(".weight")
                     own = take(held[names.name(key)], names.row_order(key), layer in linears)
                     tensors |= {f"{layer}.{field}" if field else key: tensor for field, tensor in own.items()}
@@ -85,6 +86,14 @@ def whole(path: Path):
         raise ValueError(f"{path} is not a whole GGUF file ({error}); fetch or make it again") from error
 
 
+def check_shape(tensor, expected: torch.Size) -> None:
+    """Raises ValueError for a tensor of the file, whose sizes stand there from the last to the first, of another shape
+    than the model's."""
+    shape = [int(size) for size in tensor.shape[::-1]]
+    if shape != [*expected]:
+        raise ValueError(f"{tensor.name} has shape {shape}, but the model's is {[*expected]}; fetch or make it again")
+
+
 def take(tensor, order: Tensor | None, is_linear: bool) -> dict[str, Tensor]:
     """A tensor of the file, rows in our order: as `blocks` and their `kind` where those are taken over, else dense
     under no name."""
@@ -99,8 +108,8 @@ def take(tensor, order: Tensor | None, is_linear: bool) -> dict[str, Tensor]:
 
 
 def only_file(model_dir: Path) -> Path:
-    """The GGUF file of a directory. Raises ValueError if there are several."""
+    """The GGUF file of a directory. Raises ValueError if there are several, or if it is no file of that directory."""
     files = sorted(model_dir.glob("*.gguf"))
     if len(files) > 1:
         raise ValueError(f"{model_dir} has {', '.join(f.name for f in files)}; put the one to import in its own folder")
-    return files[0]
+    return documents.own_file(files[0])

@@ -12,7 +12,7 @@ from checks import assert_close, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from lrec import checkpoint, export, foreign, load
+from lrec import checkpoint, evaluate, export, foreign, load
 from lrec.cli import main
 from lrec.nn import PackedLinear
 
@@ -98,41 +98,35 @@ def run(capsys, verb, *words):
 def test_an_architecture_goes_all_the_way(name, tmp_path, capsys):
     make(tmp_path, name)
     M, Q, A, X = (tmp_path / part for part in "MQAX")
-    windows = ["--dataset", tmp_path / "text.txt", "--max_length", "32"]
-    told = run(
-        capsys,
-        "quantize",
-        "--model",
-        M,
-        "--bits",
-        3,
-        "--group_size",
-        32,
-        "--num_samples",
-        8,
-        *windows,
-        "--output_dir",
-        Q,
-    )
+    windows = ["--dataset", tmp_path / "text.txt", "--max_length", "32", "--num_samples", 8]
+    told = run(capsys, "quantize", "--model", M, "--bits", 3, "--group_size", 32, *windows, "--output_dir", Q)
     assert told["quantized_share"] >= (1.0 if name in DENSE.keys() - {"parallel-scaled"} else 0.95)
     print(name, told["quantized_share"], told["quantized_share_of_model"])
 
-    train = ["--max_steps", 4, "--learning_rate", "3e-3", "--lora_r", 4, "--num_samples", 8, *windows]
+    train = ["--max_steps", 4, "--learning_rate", "3e-3", "--lora_r", 4, *windows]
     report = run(capsys, "train", "--model", Q, "--teacher", M, *train, "--output_dir", A)
     assert report["num_steps"] == 4
-
-    kl = [run(capsys, "evaluate", "--model", Q, *adapter, "--teacher", M, "--num_samples", 4, *windows)["kl"]
-          for adapter in ([], ["--adapter", A])]  # fmt: skip
-    assert kl[1] < kl[0]
     run(capsys, "export", "--model", Q, "--adapter", A, "--format", "adapter", "--output_dir", X)
-    assert_merges(Q, A, tmp_path / "merged")
+
+    corrected = load.model(str(Q), str(A))
+    ids = torch.tensor(load.tokenizer(str(M))(TEXT * 2)["input_ids"][:128]).view(4, 32)
+    assert_corrects(corrected, load.model(str(M)), ids)
+    assert_merges(Q, A, corrected, tmp_path / "merged")
+
+
+def assert_corrects(corrected, teacher, ids):
+    """Under its adapter a packed model is nearer to the teacher than without."""
+    target = evaluate.states(teacher, ids).kept()
+    kl = evaluate.quality(evaluate.states(corrected, ids), ids, target)["kl"]
+    with corrected.disable_adapter():
+        assert kl < evaluate.quality(evaluate.states(corrected, ids), ids, target)["kl"]
 
 
 @torch.no_grad()
-def assert_merges(Q, A, output_dir):
+def assert_merges(Q, A, corrected, output_dir):
     """What `export --format merged` writes is peft's own merge, rounded to bfloat16, and says the same."""
     export.export(export.find("merged")(), Q, A, output_dir)
-    own = load.model(str(Q), str(A)).merge_and_unload()
+    own = corrected.merge_and_unload()
     assert not any(isinstance(module, PackedLinear) for module in own.modules())
     own.save_pretrained(output_dir.with_name("own"))
     mine, theirs = (load.model(str(path)) for path in (output_dir, output_dir.with_name("own")))
@@ -188,19 +182,8 @@ def test_what_integer_targets_cannot_hold_is_refused_or_named(tmp_path, capsys):
 
 def test_the_report_says_what_is_left_and_why(tmp_path, capsys):
     make(tmp_path, "transposed-biases")
-    words = [
-        "--model",
-        tmp_path / "M",
-        "--method",
-        "rtn",
-        "--bits",
-        4,
-        "--init_rank",
-        0,
-        "--output_dir",
-        tmp_path / "Q",
-    ]
-    told = run(capsys, "quantize", *words)
+    words = ["--method", "rtn", "--bits", 4, "--init_rank", 0, "--output_dir", tmp_path / "Q"]
+    told = run(capsys, "quantize", "--model", tmp_path / "M", *words)
     left = {re.split("[:,]", row["unquantized"])[0]: row["weights"] for row in told["unquantized"]}
     config = AutoConfig.from_pretrained(tmp_path / "M")
     sizes = {name: p.numel() for name, p in foreign.auto_class(config).from_config(config).named_parameters()}

@@ -9,10 +9,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lrec import checkpoint, documents, formats, options
+from lrec import checkpoint, documents, formats, options, report
 from lrec.blocks import PassSettings
 from lrec.formats import pack_codes, unpack_codes
 from lrec.formats.uniform import Uniform
+from lrec.imports import gguf
+from lrec.lora_files import LoraFiles
 
 QUIET = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SHAPES = [documents.Manifest, documents.CacheManifest, documents.Index, documents.Stamp, documents.LoraConfig]
@@ -95,6 +97,42 @@ def test_links_of_the_hub_cache_stay_within_their_repository(tmp_path):
     (snapshot / "out.json").symlink_to(tmp_path / "other")
     with pytest.raises(ValueError, match="outside its directory"):
         documents.read(snapshot / "out.json")
+
+
+@pytest.mark.parametrize("name", ["é" * 128, "a" * 256, "\ud800"], ids=["bytes", "letters", "half a letter"])
+def test_a_name_that_no_file_has_is_refused(name):
+    with pytest.raises(ValueError, match=r"weight_map\.w"):
+        documents.check({"weight_map": {"w": name}}, documents.Index, "index")
+
+
+def test_a_weight_of_no_rows_is_refused():
+    spec = Uniform.pack(torch.zeros(4, 32, dtype=torch.int64), torch.ones(4, 1), None, 2, 32).spec()
+    with pytest.raises(ValueError, match=r"shape\.0"):
+        formats.check_spec(spec | {"shape": [0, 32]})
+
+
+def test_names_are_sorted_by_their_numbers_whatever_they_begin_with():
+    names = ["2.a", "h.10.b", "h.2.b", "h.b", "10.a"]
+    assert sorted(names, key=report.by_numbers) == ["2.a", "10.a", "h.2.b", "h.10.b", "h.b"]
+
+
+def test_a_gguf_file_that_is_a_pipe_or_a_link_out_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match="not an ordinary file"):
+        gguf.only_file(tmp_path)
+    (tmp_path / "model.gguf").unlink()
+    (tmp_path / "model.gguf").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="outside its directory"):
+        gguf.only_file(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha"])
+def test_an_adapter_that_leaves_out_its_rank_or_alpha_is_refused(tmp_path, key):
+    told = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({name: told[name] for name in told if name != key}))
+    checkpoint.write_tensors(tmp_path / checkpoint.ADAPTER_WEIGHTS, {"w": torch.zeros(1)})
+    with pytest.raises(ValueError, match=f"does not say {key}"):
+        LoraFiles(tmp_path, None)
 
 
 @QUIET

@@ -63,6 +63,7 @@ def test_an_instance_gives_the_defaults():
         (["stray"], "unexpected argument 'stray'"),
         (["--model", "m", "--model", "n"], "--model is given twice"),
         (["--config", "/nowhere.yaml"], "cannot be read .No such file"),
+        (["--config", "/dev/zero"], "no ordinary file"),
     ],
 )
 def test_what_is_wrong_is_said(words, message):

@@ -37,7 +37,8 @@ def test_overlap_counts_pixels_outside_and_on_others():
 def test_rows_with_a_kl_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     points = rows([("rtn:2", 2.3, 5.0), ("rtn:3", 3.3, 0.9), ("nf4", 4.1, 0.1)])
-    assert picture.draw([*points, {"method": "bad:2", "error": "no"}], tmp_path) == str(tmp_path / "quality.svg")
+    odd = [{"method": "bad:2", "error": "no"}, {"method": "odd", "kl": 1.0, "bits_per_weight": None}]
+    assert picture.draw([*points, *odd], tmp_path) == str(tmp_path / "quality.svg")
     svg = (tmp_path / "quality.svg").read_text()
     assert [name in svg for name in ("rtn:2", "rtn:3", "nf4", "bad")] == [True, True, True, False]
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")

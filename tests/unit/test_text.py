@@ -63,6 +63,14 @@ def test_windows_of_too_short_a_text_say_what_is_there_and_what_is_needed(tokeni
         text.windows([], tokenizer, 4)
 
 
+def test_a_short_text_is_taken_whole_where_fewer_windows_will_do(tokenizer):
+    with pytest.warns(UserWarning, match=r"has 2 windows of 4 tokens.*fewer than the 3"):
+        ids = text.windows([numbers(1, 10)], tokenizer, 4, num_samples=3, fewer=True)
+    assert sorted(ids[:, 0].tolist()) == [1, 5]
+    with pytest.raises(ValueError, match="has 3 tokens"):
+        text.windows([numbers(1, 2)], tokenizer, 4, num_samples=3, fewer=True)
+
+
 def test_windows_need_a_token_between_documents(tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="EOS"):
