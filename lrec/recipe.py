@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lrec import assembly, checkpoint, documents, effort, load, options, processes, report, text
+from lrec import assembly, checkpoint, documents, effort, load, options, processes, report, text, trained
 from lrec.correction import Train
 from lrec.learning import Learning
 from lrec.options import setting
@@ -56,13 +56,18 @@ class Recipe(Learning):
             Export(
                 model=self.path("packed"),
                 adapter=self.path("adapter"),
-                format="adapter",
+                format="adapter" if self.has_adapters else "packed",
                 output_dir=self.path("export"),
             ).run()
         rows, continuations = self.compare()
         print("\n".join(["", *report.table(rows), "", *continuations]))
         checkpoint.write_json(Path(self.output_dir) / "results.json", {"rows": rows, "continuations": continuations})
         return rows
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained; scales and zeros alone replace those of the packed model, at its size."""
+        return "adapters" in trained.kinds_of(self.train)
 
     def path(self, stage: str) -> str:
         """The directory of a stage."""
@@ -121,7 +126,8 @@ class Recipe(Learning):
             teacher = teacher or (states := states.kept())
             added = checkpoint.adapter_bytes(Path(lora)) if lora else 0
             bits = evaluate.bits_per_weight(model, added) or 16.0
-            size = {"bits_per_weight": bits, "bytes": total_bytes(name, lora), "seconds": time}
+            stored = (name, lora) if self.has_adapters or not lora else (self.path("export"), None)
+            size = {"bits_per_weight": bits, "bytes": total_bytes(*stored), "seconds": time}
             rows.append({"model": stage, **evaluate.quality(states, ids, teacher), **size})
             for i, continuation in enumerate(evaluate.continuations(model, tokenizer, prompts)):
                 texts[i] += f"\n  {stage:<16}{continuation.strip()!r}"

@@ -1,11 +1,14 @@
-"""SmolLM2-135M-Instruct to INT2 as INT2.1 did it (2306.08162): the published baseline of lrec_smollm2_135m.py.
+"""SmolLM2-135M-Instruct to INT2 as INT2.1 did it (2306.08162): the published baseline of
+equal_bytes_smollm2_135m.py, with the same text.
 
     accelerate launch recipes/int21_smollm2_135m.py [--setting value ...]
 
 GPTQ, 2 bits in groups of 128; adapters of rank 32, alpha 128, dropout 0.05, B zero, on all linears but down_proj;
 forward KL over the whole vocabulary and 0.059 of cross-entropy a token (their 120 over a window of 2048); Adam at a
-constant rate, no clipping. They give 3e-5 for 7B and 3e-4 as default: try three by --learning_rate and --output_dir.
-Measured: not yet.
+constant rate, no clipping. They give 3e-5 for 7B and 3e-4 as default; of 3e-4, 1e-3 and 3e-3 the second was the best
+here, by the KL of steps 17 to 32 (1.53, 1.51, 2.19).
+Measured (AMD EPYC, one core, shared, 2026-11-28; data/results/quality_smollm2.json): perplexity 81.4 and KL 1.512 at
+3.32 bits per weight, 100.9 MB.
 """
 
 import sys
@@ -18,7 +21,7 @@ from lrec.trainer import LrecConfig
 recipe = Recipe(
     model="smollm2",
     output_dir="runs/smollm2_135m_int21",
-    test_samples=12,
+    num_samples=16,
     lora_r=32,
     lora_alpha=128,
     lora_dropout=0.05,
@@ -27,7 +30,7 @@ recipe = Recipe(
 )
 quantizer, passing = GPTQ(bits=2, group_size=128), PassSettings(init_rank=0)
 training = LrecConfig(
-    output_dir="runs/smollm2_135m_int21/adapter", max_steps=56, per_device_train_batch_size=2, learning_rate=3e-4,
+    output_dir="runs/smollm2_135m_int21/adapter", max_steps=64, per_device_train_batch_size=1, learning_rate=1e-3,
     lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=0.0, weight_decay=1e-5, ce_weight=120 / 2048,
     logging_steps=8, gradient_checkpointing=False,
 )  # fmt: skip

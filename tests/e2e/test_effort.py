@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from checks import tiny_model
 
-from lrec import blocks, checkpoint, effort, machine, options, runs, text
+from lrec import blocks, checkpoint, effort, load, machine, options, runs, text
 from lrec.cli import main
 from lrec.quantizers.gptq import GPTQ
 from lrec.quantizers.rtn import RTN
@@ -87,8 +88,6 @@ def test_predicted_bytes_on_disk_are_near_those_written(place):
     where = ["--model", str(place / "M"), "--dataset", str(place / "text.txt"), "--output_dir", str(place / "disk")]
     assert main(["quantize", *where, *words]) == 0
     written = sum(path.stat().st_size for path in (place / "disk").glob("*.safetensors"))
-    import torch
-
     setup = memory.Setup(bits=2, stored_dtype=torch.float32)
     assert 0.7 * written < effort.packed_bytes(shapes.config_of(str(place / "M")), setup) < 1.3 * written
 
@@ -102,7 +101,12 @@ def test_the_published_baseline_and_our_recipe_run_by_one_dial(place, monkeypatc
     small = {"num_samples": 4, "max_length": 64, "train_length": 32, "test_samples": 2, "lora_r": 4, "init_rank": 4,
              "group_size": 32}  # fmt: skip
     texts = {"model": "M", "train_dataset": "text.txt", "test_dataset": "other.txt", "prompts": "A fox"}
-    for name, extra in (("int21_smollm2_135m", {"max_steps": 2}), ("lrec_smollm2_135m", {"effort": "standard"})):
+    recipes_of = {
+        "int21_smollm2_135m": {"max_steps": 2},
+        "lrec_smollm2_135m": {"effort": "standard"},
+        "equal_bytes_smollm2_135m": {"max_steps": 2},
+    }
+    for name, extra in recipes_of.items():
         monkeypatch.syspath_prepend(str(ROOT / "recipes"))
         script = __import__(name)
         values = small | texts | extra | {"output_dir": f"runs/{name}"}
@@ -115,10 +119,20 @@ def test_the_published_baseline_and_our_recipe_run_by_one_dial(place, monkeypatc
             told = checkpoint.read_json(Path(f"runs/{name}/adapter/adapter_config.json"))
             assert (told["lora_alpha"], told["lora_dropout"]) == (128, 0.05)
             assert sorted(told["target_modules"]) == sorted(script.recipe.lora_target_modules.split(","))
-        else:
+        elif name.startswith("lrec"):
             assert stamp["train"] == "adapters,scales,zeros" and stamp["num_steps"] == 384 // 64
             assert [row["step"] for row in stamp["evaluations"]] == [2, 4, 6]
-    sys.modules.pop("int21_smollm2_135m"), sys.modules.pop("lrec_smollm2_135m")
+        else:
+            assert stamp["train"] == "scales,zeros" and rows[2]["bits_per_weight"] == rows[1]["bits_per_weight"]
+            folded = Path(f"runs/{name}/export")
+            assert not (folded / "adapter_model.safetensors").exists()
+            assert rows[2]["bytes"] == checkpoint.weights_bytes(folded), "what was trained is stored once"
+            trained_logits, folded_logits = (
+                load.model(*where)(input_ids=torch.arange(24)[None]).logits
+                for where in ((f"runs/{name}/packed", f"runs/{name}/adapter"), (str(folded), None))
+            )
+            assert torch.equal(trained_logits, folded_logits)
+        sys.modules.pop(name)
 
 
 def test_text_is_sampled_from_the_model_and_read_as_a_dataset(place, capsys):
