@@ -317,10 +317,10 @@ def test_the_best_of_a_stack_is_kept_on_the_same_correction(place, tmp_path):
     rows = [{"prompt": f"{i}", "completion": "XQZ~JKW" * 3} for i in range(4)]
     (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"adapter": str(place / "A"), "eval_dataset": str(tmp_path / "others.jsonl"), "eval_steps": 16}
-    settings |= {"max_steps": 64, "patience": None, "learning_rate": 3e-2, "lr_scheduler_type": "constant"}
+    settings |= {"max_steps": 96, "patience": None, "learning_rate": 6e-2, "lr_scheduler_type": "constant"}
     report = run(place, tmp_path / "T", **settings)
     losses = [row["eval_loss"] for row in report["evaluations"]]
-    assert len(losses) == 4 and min(losses) < losses[-1] - 0.005
+    assert len(losses) == 6 and min(losses) < losses[-1] - 0.005
     pair = load.model(str(place / "Q"), str(tmp_path / "T"))
     ids, labels = conversations.tokenize(rows, load.tokenizer(str(place / "Q")))
     assert evaluate.rows_quality(pair, ids, labels)["loss"] == report["held_out_loss"]
