@@ -32,7 +32,12 @@ PARSED_ELSEWHERE = ("tokenizer.json", "vocab.json")
 
 def write_json(path: Path, value) -> None:
     """Writes JSON atomically: a reader sees the old file or the new one."""
-    _replace(path, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
+    _replace(path, [json_bytes(value)])
+
+
+def json_bytes(value) -> bytes:
+    """A value as a JSON file of ours holds it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

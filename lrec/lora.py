@@ -103,9 +103,7 @@ def _input_gradient(
     if keep_TK is None:
         return adapters.add_to(dx_TK)
     g_TR, a_RK = adapters.left_TR, adapters.right_RN.to(adapters.left_TR.dtype)
-    step = max(1, kernels.CAST_ELEMENTS // max(1, dx_TK.shape[1]))
-    for start in range(0, len(dx_TK), step):
-        rows = slice(start, start + step)
+    for rows in slices(dx_TK, g_TR.dtype, masked=True):
         dx_TK[rows] += _scale_kept(g_TR[rows] @ a_RK, keep_TK[rows], p)
     return dx_TK
 

@@ -1,6 +1,5 @@
 """What `lrec push` puts on the Hub: which files of a directory, as others should see them, under which card."""
 
-import json
 from pathlib import Path
 
 from lrec import assembly, card, checkpoint, export_card, export_record, foreign, record, report
@@ -43,8 +42,7 @@ class Parcel:
         """A file of `TELLING` as others should see it: the base by its id, and no folders of this machine."""
         value = checkpoint.without_folders(checkpoint.read_json(path))
         self.name_base(path.name, value, base)
-        # As `checkpoint.write_json` writes it.
-        return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+        return checkpoint.json_bytes(value)
 
     def name_base(self, file: str, value: dict, base: card.Base) -> None:
         """Puts the base's id where a file of this name, whose content is `value`, tells the base."""

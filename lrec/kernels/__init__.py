@@ -54,9 +54,9 @@ class LowRank:
         return y_TN
 
 
-def slices(like: Tensor, dtype: torch.dtype) -> Iterator[slice]:
-    """All rows at once where nothing has to be cast to `dtype`, else as many as `CAST_ELEMENTS` allows."""
-    step = len(like) if like.dtype == dtype else CAST_ELEMENTS // max(1, like.shape[1])
+def slices(like: Tensor, dtype: torch.dtype, masked: bool = False) -> Iterator[slice]:
+    """All rows at once where nothing has to be cast to `dtype` or masked, else as many as `CAST_ELEMENTS` allows."""
+    step = CAST_ELEMENTS // max(1, like.shape[1]) if masked or like.dtype != dtype else len(like)
     return (slice(start, start + max(1, step)) for start in range(0, len(like), max(1, step)))
 
 

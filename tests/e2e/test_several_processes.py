@@ -194,10 +194,7 @@ def test_what_several_processes_cannot_share_is_refused(place, tmp_path, monkeyp
     words += ["--num_samples", "4", "--max_length", "32"]
     for asked, told in (
         (["evaluate", "--model", "M"], "3 processes were started, but this is one process's work"),
-        (
-            ["quantize", *words, "--method", "ptq161"],
-            "refine_epochs above 0 train a block on one window",
-        ),
+        (["quantize", *words, "--method", "ptq161"], "refine_epochs above 0 train a block on one window"),
         (["quantize", *words, "--preprocess", "kl"], "start `lrec quantize` without `accelerate launch`"),
         (["quantize", *words, "--batch_size", "2"], "2 batches of 2 calibration windows"),
     ):
