@@ -21,7 +21,8 @@ T = TypeVar("T")
 
 
 def _plain(name: str) -> str:
-    if Path(name).name != name or "\0" in name or not name or len(os.fsencode(name)) > MAX_NAME_BYTES:
+    # The name of ".." is "..", and that of "." or "/" is none.
+    if Path(name).name != name or name in ("", "..") or "\0" in name or len(os.fsencode(name)) > MAX_NAME_BYTES:
         raise ValueError("is outside its directory, or no name of a file; the file is damaged or hostile")
     return name
 

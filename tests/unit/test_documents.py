@@ -99,7 +99,11 @@ def test_links_of_the_hub_cache_stay_within_their_repository(tmp_path):
         documents.read(snapshot / "out.json")
 
 
-@pytest.mark.parametrize("name", ["é" * 128, "a" * 256, "\ud800"], ids=["bytes", "letters", "half a letter"])
+@pytest.mark.parametrize(
+    "name",
+    ["é" * 128, "a" * 256, "\ud800", "..", ".", ""],
+    ids=["bytes", "letters", "half a letter", "up", "here", "none"],
+)
 def test_a_name_that_no_file_has_is_refused(name):
     with pytest.raises(ValueError, match=r"weight_map\.w"):
         documents.check({"weight_map": {"w": name}}, documents.Index, "index")
