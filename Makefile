@@ -30,6 +30,7 @@ demo: $(READY)
 test: $(READY)
 	$(PYTHON) data/smollm2.py
 	$(PYTHON) data/wikipedia.py
+	$(PYTHON) data/unseen.py
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m "not gpu and not readers" -n $(CORES) --dist loadfile --no-loadscope-reorder
 
 readers: $(READY) .readers/installed

@@ -100,6 +100,14 @@ def test_wikipedia_is_split_by_article(wikipedia_jsonl):
         text.documents("wikipedia:dev")
 
 
+def test_unseen_text_is_of_two_other_kinds():
+    manual, news = text.documents("unseen:manual"), text.documents("unseen:news")
+    assert len(manual) == 1 and manual[0].startswith("The Mercurial system uses a set of configuration files")
+    assert len(news) == 300 and "bushfire" in news[0] and all(len(report) > 200 for report in news)
+    with pytest.raises(ValueError, match="no split 'train'; its splits are manual and news"):
+        text.documents("unseen:train")
+
+
 def test_smollm2_is_a_plain_tied_bfloat16_model_that_speaks(smollm2_dir):
     with safe_open(smollm2_dir / "model.safetensors", "pt") as file:
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118 - safe_open is no dict
