@@ -223,7 +223,7 @@ class Train(Learning, Text, Place):
             if not factors.exists():
                 raise ValueError(
                     f"{self.model} holds no {assembly.LOWRANK} to start from; "
-                    f"use --lora_init zero, or quantize with --init_rank {self.lora_r}"
+                    f"use --lora_init zero, quantize with --init_rank {self.lora_r}, or --train scales,zeros"
                 )
             lowrank.initialise(model, lowrank.load(factors))
         return self.in_dtype(model)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from checks import tiny_model
 
-from lrec import blocks, checkpoint, effort, load, machine, options, runs, text
+from lrec import blocks, checkpoint, effort, load, machine, runs, text
 from lrec.cli import main
 from lrec.quantizers.gptq import GPTQ
+from lrec.quantizers.nf4 import Nf4
 from lrec.quantizers.rtn import RTN
 from lrec.recipe import Recipe
 
@@ -41,13 +42,24 @@ def test_an_effort_sets_what_was_not_set(place):
     assert quantize(place, "own", "--effort", "quick", "--num_samples", "5") == 0
     assert quantize(place, "max", "--effort", "max") == 0
     assert [calibration(place, name) for name in ("quick", "own", "max")] == [32, 5, 256]
+    packed = load.model(str(place / "quick")).model.layers[0].mlp.up_proj.packed
+    assert packed.scale.dtype == packed.zero.dtype == torch.uint8
     given = {"num_samples": "7"}
     assert effort.spend(given, runs.Quantize, GPTQ) is given, "without an effort nothing changes"
-    for level in effort.QUANTIZE:
-        values = effort.spend({"effort": level} | given, runs.Quantize, RTN, blocks.PassSettings)
-        assert values == {"effort": level} | given, "of a command without training, training's settings are left out"
-        values = effort.spend({"effort": level}, Recipe)
-        assert options.fill(values, Recipe(model="M", output_dir="R", train="scales"))[0].train == "all"
+
+
+@pytest.mark.parametrize("level", effort.QUANTIZE)
+def test_an_effort_knows_what_a_method_stores(level):
+    grid = {"zero_point": "float", "scale_bits": 8}
+    target = {} if level == "quick" else {"target_bpw": 3.5}
+    quantize, recipe = (runs.Quantize, RTN, blocks.PassSettings), Recipe(model="M", output_dir="R", train="scales")
+    given = {"effort": level, "num_samples": "7", "bits": "3"}
+    assert effort.spend(given, *quantize) == grid | {"init_rank": 0} | target | given, "nothing of a training"
+    assert effort.spend(given | {"group_size": "32"}, *quantize).get("target_bpw") is None
+    assert "zero_point" not in effort.spend(given | {"symmetric": "true"}, *quantize)
+    for quantizer, learns in ((GPTQ(group_size=16), "scales,zeros"), (Nf4(), "all")):
+        values = effort.spend({"effort": level}, recipe, quantizer, blocks.PassSettings())
+        assert values["train"] == learns and "target_bpw" not in values
 
 
 def test_steps_spend_the_tokens_of_a_level():
@@ -120,7 +132,7 @@ def test_the_published_baseline_and_our_recipe_run_by_one_dial(place, monkeypatc
             assert (told["lora_alpha"], told["lora_dropout"]) == (128, 0.05)
             assert sorted(told["target_modules"]) == sorted(script.recipe.lora_target_modules.split(","))
         elif name.startswith("lrec"):
-            assert stamp["train"] == "adapters,scales,zeros" and stamp["num_steps"] == 384 // 64
+            assert stamp["train"] == "scales,zeros" and stamp["num_steps"] == 384 // 64
             assert [row["step"] for row in stamp["evaluations"]] == [2, 4, 6]
         else:
             assert stamp["train"] == "scales,zeros" and rows[2]["bits_per_weight"] == rows[1]["bits_per_weight"]
