@@ -10,6 +10,7 @@ import sys
 
 from torch import Tensor, nn
 
+from lrec.eight_bits import RUN
 from lrec.formats import uniform
 from lrec.formats.uniform import Uniform
 from lrec.nn import PackedEmbedding, TiedLinear, replace
@@ -69,7 +70,7 @@ def pack_rows(name: str, w_NK: Tensor, bits: int) -> Uniform:
     """The weight of a table by the quantizer of this width, in slices of rows; a refusal bears the module's name."""
     K = w_NK.shape[1]
     quantizer = dataclasses.replace(QUANTIZERS[bits], group_size=min(64, K))
-    step = max(1, SLICE_WEIGHTS // K // uniform.RUN) * uniform.RUN
+    step = max(1, SLICE_WEIGHTS // K // RUN) * RUN
     return uniform.stack([quantize_layer(name, rows_NK, quantizer, None) for rows_NK in w_NK.split(step)])
 
 

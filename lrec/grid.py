@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lrec.formats import uniform
+from lrec import eight_bits
 
 # What the mse search tries, in this order: clip ratios (the full range first, so that it wins a tie), zero points
 # shifted by that many steps either way, and rounds of refitting the scale (and a float zero) to the codes.
@@ -55,7 +55,7 @@ def find_grid(
     weight_GC = torch.nn.functional.pad(weight_K.to(w_NK), (0, pad)).view(-1, group_size)
     step = max(1, SLICE_WEIGHTS // K)
     if scale_bits == 8:
-        step = -(-step // uniform.RUN) * uniform.RUN
+        step = -(-step // eight_bits.RUN) * eight_bits.RUN
     found = []
     for rows_NK in w_NK.split(step):
         w_NGC = torch.cat([rows_NK, rows_NK[:, -1:].expand(-1, pad)], 1).view(-1, *weight_GC.shape)
@@ -87,8 +87,8 @@ class _Search:
         unit = 1.0
         self.exponent_R = None
         if scale_bits == 8:
-            self.exponent_R = uniform.exponents(self._widest(low, high))
-            unit = uniform.power_of_two(uniform.per_row(self.exponent_R, len(low))).to(low)
+            self.exponent_R = eight_bits.exponents(self._widest(low, high))
+            unit = eight_bits.power_of_two(eight_bits.per_row(self.exponent_R, len(low))).to(low)
         # Only a group of zeros has no range now; any range from zero up keeps its zeros exact.
         high = torch.where(low == high, last * unit, high)
         self.widest_NG = self._widest(low, high)
@@ -125,12 +125,12 @@ class _Search:
         if self.zero_point != "float":
             return scale_NG, zero_NG.round().clamp_(0, 2**self.bits - 1)
         if self.exponent_R is not None:
-            return scale_NG, uniform.round_zeros(zero_NG, self.bits)
+            return scale_NG, eight_bits.round_zeros(zero_NG, self.bits)
         return scale_NG, zero_NG.clamp(-ZERO_LIMIT, ZERO_LIMIT).half().to(scale_NG)
 
     def _stored_scale(self, scale_NG: Tensor) -> Tensor:
         if self.exponent_R is not None:
-            scale_NG = uniform.round_scales(scale_NG, self.exponent_R)
+            scale_NG = eight_bits.round_scales(scale_NG, self.exponent_R)
         # 2^-24 is fp16's smallest positive number.
         return scale_NG.half().to(scale_NG).clamp_(min=2**-24)
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lrec import anatomy, checkpoint, embeddings, experts, foreign, formats, text
+from lrec.eight_bits import RUN
 from lrec.formats import Packed
-from lrec.formats.uniform import RUN, Uniform, check, groups
+from lrec.formats.uniform import Uniform, check, groups
 from lrec.nn import PackedLinear, replace
 from lrec.registry import nearest
 

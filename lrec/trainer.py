@@ -60,7 +60,7 @@ class LrecConfig(StepConfig):
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "The peak learning rate of the adapters."})
     scales_learning_rate: float = field(
-        default=2e-3,
+        default=1e-3,
         metadata={"help": "That of trained scales and zeros, as a share of their size (root mean square) per step."},
     )
     codes_reach: float = field(default=1.0, metadata={"help": "How far trained codes can move in all steps together."})

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lrec"
 # A module may import from its own floor and from those below it (earlier in this list).
 FLOORS = [
-    "registry options machine picture documents tensor_file lock processes curves memory_curve progress experts",
+    "registry options machine picture documents tensor_file lock processes curves memory_curve progress experts "
+    "eight_bits",
     "formats",
     "grid descent kernels statistics",
     "quantizers nn",

@@ -19,14 +19,22 @@ import torch
 from torch import Tensor
 
 from lrec import registry
+from lrec.eight_bits import (
+    RUN,
+    decode_scales,
+    decode_zeros,
+    dither,
+    encode_scales,
+    encode_zeros,
+    exponents,
+    per_row,
+    round_scales,
+    round_zeros,
+)
 from lrec.formats import FLOATS, INT32, Layout, Packed, pack_codes, row_slices, unpack_codes, words
 
 WIDTHS = (2, 3, 4, 8)
 SCALE_WIDTHS = (8, 16)
-# Rows that share the exponent of their 8-bit scales; integer zeros are packed in the same runs.
-RUN = 32
-# Between these exponents all 8-bit scales are fp16 numbers; the last is one too many, so that it shows as infinite.
-EXPONENTS = (-13, 16)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -78,8 +86,8 @@ class Uniform(Packed):
         exponent = None
         if scale_bits == 8:
             exponent = exponents(scale_NG)
-            scale_NG = _encode_scales(scale_NG, exponent)
-            zero_NG = _encode_zeros(zero_NG, bits) if float_zero else zero_NG
+            scale_NG = encode_scales(scale_NG, exponent)
+            zero_NG = encode_zeros(zero_NG, bits) if float_zero else zero_NG
         if zero_NG is not None and not float_zero:
             zero_NG = pack_codes(zero_NG.t(), bits)
         return cls(
@@ -130,11 +138,9 @@ class Uniform(Packed):
         """float32 (n, G), whichever way they are stored."""
         if self.scale.is_floating_point():
             return self.scale[rows].float()
-        c = self.scale[rows].int()
         shared = self.scale_exponent.int()
         exponent = shared[rows // RUN, None] if isinstance(rows, Tensor) else per_row(shared, self.shape[0])[rows]
-        octave = (c // 32).clamp(min=1)
-        return (c - 32 * (octave - 1)) * power_of_two(exponent + octave - 12)
+        return decode_scales(self.scale[rows], exponent)
 
     def zeros(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """float32 (n, G), whichever of the four ways they are stored."""
@@ -143,7 +149,7 @@ class Uniform(Packed):
         if self.zero.is_floating_point():
             return self.zero[rows].float()
         if self.zero.dtype == torch.uint8:
-            return (self.zero[rows].float() - 64) * 2.0 ** (self.bits - 7)
+            return decode_zeros(self.zero[rows], self.bits)
         if isinstance(rows, Tensor):
             words = self.zero.unflatten(1, (-1, self.bits))[:, rows // RUN]
             codes = unpack_codes(words, self.bits, RUN)
@@ -177,16 +183,20 @@ class Uniform(Packed):
     def narrowed(self, fields: Sequence[str], spec: dict, scale_bits: int | None) -> "Uniform":
         """See `Packed.narrowed`: 8 bits if that is what the scales had or is asked for, else float16. Zeros that were
         trained are no integers any more; those that were not stay as they are. Codes of 8 bits are finer than scales
-        of 8 bits, so they get float16."""
+        of 8 bits, so they get float16.
+
+        To 8 bits, what was trained is rounded up or down by chance, so that on average it stays where it is (see
+        `eight_bits.dither`)."""
         eight = spec["tensors"]["scale"][0] == "uint8"
         if self.bits == 8 or (scale_bits or (8 if eight else 16)) == 16:
             floats = ("scale", "zero") if eight else fields
             held = {name: getattr(self, name) for name in floats}
             return self.updated({n: t.half() for n, t in held.items() if t is not None and t.is_floating_point()})
         exponent = exponents(self.scales())
-        made = {"scale": _encode_scales(round_scales(self.scales(), exponent), exponent), "scale_exponent": exponent}
+        scale_NG = round_scales(self.scales(), exponent, dither(self.scale, 0))
+        made = {"scale": encode_scales(scale_NG, exponent), "scale_exponent": exponent}
         if self.zero is not None and self.zero.is_floating_point():
-            made["zero"] = _encode_zeros(round_zeros(self.zeros(), self.bits), self.bits)
+            made["zero"] = encode_zeros(round_zeros(self.zeros(), self.bits, dither(self.zero, 1)), self.bits)
         return self.updated(made)
 
     def kept_input(self, x_TK: Tensor, fields: Sequence[str]) -> Tensor:
@@ -218,56 +228,6 @@ def _sum_groups(values: Tensor, group_size: int) -> Tensor:
     whole = K - K % group_size
     sums = values[:, :whole].unflatten(1, (-1, group_size)).sum(2)
     return sums if whole == K else torch.cat([sums, values[:, whole:].sum(1, keepdim=True)], 1)
-
-
-def per_row(value_R: Tensor, N: int) -> Tensor:
-    """What each run of 32 rows shares, (ceil(N/32),), spread over the N rows, (N, 1)."""
-    return value_R.repeat_interleave(RUN)[:N, None]
-
-
-def power_of_two(exponent: Tensor) -> Tensor:
-    """2^exponent in float32 for integers from -126 to 127, put together from bits: exact on every device."""
-    return ((exponent.int() + 127) << 23).view(torch.float32)
-
-
-def exponents(scale_NG: Tensor) -> Tensor:
-    """int8 (ceil(N/32),): floor(log2) of the largest scale of each run of 32 rows, moved into `EXPONENTS`."""
-    most_N = scale_NG.amax(1)
-    most_R = torch.nn.functional.pad(most_N, (0, -len(most_N) % RUN)).view(-1, RUN).amax(1)
-    return (torch.frexp(most_R).exponent - 1).clamp(*EXPONENTS).to(torch.int8)
-
-
-def round_scales(scale_NG: Tensor, exponent_R: Tensor) -> Tensor:
-    """The nearest positive scales that 8 bits hold under these exponents."""
-    exponent = per_row(exponent_R.int(), len(scale_NG))
-    octave = (torch.frexp(scale_NG).exponent - 1).clamp(exponent - 6, exponent)
-    step = power_of_two(octave - 5).to(scale_NG)
-    least, most = power_of_two(exponent - 11), 63 * power_of_two(exponent - 5)
-    return (scale_NG / step).round_().mul_(step).clamp_(least.to(scale_NG), most.to(scale_NG))
-
-
-def round_zeros(zero_NG: Tensor, bits: int) -> Tensor:
-    """The nearest zeros that 8 bits hold, (c - 64) * 2^(bits - 7) for c = 0 to 255."""
-    step = 2.0 ** (bits - 7)
-    return zero_NG.div(step).round_().clamp_(-64, 191).mul_(step)
-
-
-def _encode_scales(scale_NG: Tensor, exponent_R: Tensor) -> Tensor:
-    if not torch.equal(round_scales(scale_NG.float(), exponent_R), scale_NG.float()):
-        raise ValueError(
-            "scale_bits = 8 does not hold these scales exactly; round them with round_scales before choosing codes"
-        )
-    exponent = per_row(exponent_R.int(), len(scale_NG))
-    octave = (torch.frexp(scale_NG).exponent + 6 - exponent).clamp(min=1)
-    return (scale_NG.float() * power_of_two(12 - exponent - octave) + 32 * (octave - 1)).to(torch.uint8)
-
-
-def _encode_zeros(zero_NG: Tensor, bits: int) -> Tensor:
-    if not torch.equal(round_zeros(zero_NG.float(), bits), zero_NG.float()):
-        raise ValueError(
-            "scale_bits = 8 does not hold these zeros exactly; round them with round_zeros before choosing codes"
-        )
-    return (zero_NG.float() * 2.0 ** (7 - bits) + 64).to(torch.uint8)
 
 
 def stack(parts: list[Uniform]) -> Uniform:

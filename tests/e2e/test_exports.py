@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from lrec import load, registry, rewrite
 from lrec.cli import main
+from lrec.eight_bits import exponents, round_scales
 from lrec.export import compressed_tensors, gptq
-from lrec.formats.uniform import Uniform, exponents, round_scales
+from lrec.formats.uniform import Uniform
 from lrec.nn import packed_modules
 
 PACKED = {}

@@ -9,6 +9,7 @@ from checks import TOLERANCE, assert_close
 from safetensors.torch import save_file
 
 from lrec import formats, kernels, registry
+from lrec.eight_bits import exponents, round_scales, round_zeros
 from lrec.formats.binary import Binary
 from lrec.formats.codebook import Codebook, dynamic_levels
 from lrec.formats.indexed import Indexed
@@ -16,7 +17,7 @@ from lrec.formats.latent import Latent
 from lrec.formats.outlier import Outlier
 from lrec.formats.salient import Salient
 from lrec.formats.ternary import Ternary
-from lrec.formats.uniform import Uniform, exponents, round_scales, round_zeros
+from lrec.formats.uniform import Uniform
 
 SHAPES = [(41, 401), (33, 1271), (5, 16), (64, 256), (1, 48)]
 

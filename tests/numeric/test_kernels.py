@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lrec import formats, kernels, registry
+from lrec.eight_bits import exponents, round_scales, round_zeros
 from lrec.formats.binary import Binary
 from lrec.formats.codebook import Codebook
 from lrec.formats.indexed import Indexed
@@ -19,7 +20,7 @@ from lrec.formats.latent import Latent
 from lrec.formats.outlier import Outlier
 from lrec.formats.salient import Salient
 from lrec.formats.ternary import Ternary
-from lrec.formats.uniform import Uniform, exponents, groups, round_scales, round_zeros
+from lrec.formats.uniform import Uniform, groups
 from lrec.kernels import Call
 from tests.checks import TOLERANCE, assert_close
 

@@ -9,8 +9,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lrec import formats, lora, trained
 from lrec.bench.samples import SAMPLES, sample
+from lrec.eight_bits import exponents, round_scales, round_zeros
 from lrec.formats.indexed import Indexed
-from lrec.formats.uniform import Uniform, exponents, round_scales, round_zeros
+from lrec.formats.uniform import Uniform
 from lrec.nn import PackedLinear
 from tests.checks import TOLERANCE, assert_close
 
@@ -227,6 +228,25 @@ def test_eight_bits_for_integer_zeros_that_were_trained():
     assert_close(packed.unpack(), exact, 2**-5)
     wide = PackedLinear(Uniform.pack(packed.codes(), packed.scales(), packed.zeros(), 2, GROUP)).weight
     assert torch.equal(packed.unpack(), wide)
+
+
+def test_small_moves_in_one_direction_survive_eight_bits():
+    model = torch.nn.Module()
+    scale = torch.rand(640, 8) + 0.5
+    zero = round_zeros(3 * torch.rand(640, 8), 2)
+    scale = round_scales(scale, exponents(scale))
+    model.layer = PackedLinear(Uniform.pack(torch.randint(4, (640, 256)), scale, zero, 2, 32, 8))
+    trained.start(model, ("scales", "zeros"))
+    with torch.no_grad():
+        model.layer.scale *= 1.004
+        model.layer.zero[:, ::2] += 0.01
+    trained.settle(model)
+    packed = model.layer.packed
+    assert (packed.scales() == scale).float().mean() > 0.6, "most stay, as steps are 1.6 to 3 %"
+    assert 1.003 < (packed.scales() / scale).mean() < 1.005
+    moved = packed.zeros() - zero
+    assert not moved[:, 1::2].any(), "what was not moved stays"
+    assert 0.008 < moved[:, ::2].mean() < 0.012 and set(moved.unique().tolist()) == {0.0, 2**-5}
 
 
 def test_codes_of_eight_bits_keep_scales_of_sixteen():

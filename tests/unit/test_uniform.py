@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lrec import formats
+from lrec.eight_bits import exponents, round_scales, round_zeros
 from lrec.formats import pack_codes, unpack_codes
-from lrec.formats.uniform import WIDTHS, Uniform, exponents, groups, round_scales, round_zeros
+from lrec.formats.uniform import WIDTHS, Uniform, groups
 
 BITS = pytest.mark.parametrize("bits", WIDTHS)
 # How zeros are stored; with " 8" behind it scales (and float zeros) have 8 bits.

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lrec.eight_bits import power_of_two
 from lrec.formats import Packed, unpack_codes
 from lrec.formats.binary import Binary
 from lrec.formats.codebook import Codebook
 from lrec.formats.outlier import Outlier
 from lrec.formats.salient import SALIENT_BITS, Salient
 from lrec.formats.ternary import Ternary
-from lrec.formats.uniform import Uniform, groups, power_of_two
+from lrec.formats.uniform import Uniform, groups
 from lrec.kernels import gpu
 from lrec.kernels.gpu.decode import ONE_GROUP, scales_and_zeros
 from lrec.kernels.gpu.tiling import Weight
