@@ -15,6 +15,7 @@ from lrec import (
     load,
     lock,
     logbook,
+    lora_bits,
     memory,
     offload,
     processes,
@@ -97,7 +98,7 @@ class Train(Learning, Text, Place):
         report |= memory.told(self, model, teacher, config, meter)
         if trainer.is_world_process_zero():
             if "adapters" in trained.kinds_of(self.train):
-                halve(Path(self.output_dir) / "adapter_model.safetensors")
+                lora_bits.store(Path(self.output_dir) / checkpoint.ADAPTER_WEIGHTS, self.lora_bits)
             checkpoint.write_json(Path(self.output_dir) / checkpoint.ADAPTER_STAMP, report)
             logbook.write(self.output_dir, "train", [self, config], curve)
             shutil.rmtree(Path(self.output_dir) / WORKING_CACHE, ignore_errors=True)
@@ -226,7 +227,7 @@ class Train(Learning, Text, Place):
                     f"use --lora_init zero, quantize with --init_rank {self.lora_r}, or --train scales,zeros"
                 )
             lowrank.initialise(model, lowrank.load(factors))
-        return self.in_dtype(model)
+        return self.in_precision(model)
 
     def peft_config(self, model):
         """New adapters as these settings describe them."""
@@ -241,13 +242,15 @@ class Train(Learning, Text, Place):
             task_type="CAUSAL_LM",
         )
 
-    def in_dtype(self, model):
-        """The model with what it trains in `lora_dtype`."""
+    def in_precision(self, model):
+        """The model with what it trains in `lora_dtype`, and seen as `lora_bits` store it."""
         import torch
 
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(getattr(torch, self.lora_dtype))
+        if self.lora_bits == 8:
+            lora_bits.start(model)
         return model
 
     def report(self, model, result, history: list[dict]) -> dict:
@@ -261,7 +264,7 @@ class Train(Learning, Text, Place):
             "packed_sha256": checkpoint.packed_sha256(trained.base_of(model)),
             **({"base_tensors_sha256": checkpoint.tensors_hash(changed)} if changed else {}),
             "train": ",".join(kinds),
-            **({"lora_r": self.lora_r, "lora_init": self.lora_init} if "adapters" in kinds else {}),
+            **({n: getattr(self, n) for n in ("lora_r", "lora_bits", "lora_init")} if "adapters" in kinds else {}),
             "dataset": self.dataset,
             "num_steps": result.global_step,
             "loss": result.training_loss,
@@ -283,12 +286,3 @@ def evaluations(trainer) -> dict:
     told = ("step", "eval_loss", "eval_kl")
     rows = [{k: row[k] for k in told if k in row} for row in trainer.state.log_history if "eval_loss" in row]
     return {"evaluations": rows} if rows else {}
-
-
-def halve(path: Path) -> None:
-    """Rewrites an adapter's file in bfloat16; peft trains adapters in float32, but what they correct is coarser."""
-    import torch
-
-    with checkpoint.open_tensors(path) as file:
-        tensors = {key: file.get_tensor(key).to(torch.bfloat16) for key in file.keys()}  # noqa: SIM118
-    checkpoint.write_tensors(path, tensors)

@@ -31,6 +31,7 @@ class Estimate:
     lora_r: int = setting(16, "rank of the adapters on all linears")
     batch_size: int = setting(1, "windows in a micro-batch")
     max_length: int = setting(512, "tokens in a window")
+    lora_bits: int = setting(16, "bits in which adapters are stored: with 8, products see them rounded")
     lora_dtype: Literal["float32", "bfloat16"] = setting("float32", "dtype of the adapters")
     checkpointing: Literal["none", "block", "split"] = setting("block", "what a block keeps, see `lrec train`")
     offload_checkpoints: bool = setting(False, "checkpoints lie in CPU memory until backward; on a GPU")

@@ -14,8 +14,21 @@ from typing import Literal
 
 from torch import nn
 
-from lrec import assembly, checkpoint, conversations, evaluate, load, lock, logbook, memory, processes, stream, text
-from lrec.correction import Train, evaluations, halve, history
+from lrec import (
+    assembly,
+    checkpoint,
+    conversations,
+    evaluate,
+    load,
+    lock,
+    logbook,
+    lora_bits,
+    memory,
+    processes,
+    stream,
+    text,
+)
+from lrec.correction import Train, evaluations, history
 from lrec.losses import IGNORE
 from lrec.memory_curve import MemoryCurve
 from lrec.meter import Meter
@@ -92,7 +105,8 @@ class Finetune(Train):
         before = held and evaluate.rows_quality(model.eval(), *held)["loss"]
         result = trainer.train(resume_from_checkpoint=self.start_from(config.resume_from_checkpoint))
         self.settle(model)
-        as_stored(model)
+        if self.lora_bits == 16:  # of 8 every product takes what is stored already
+            as_stored(model)
         trainer.save_model(self.output_dir)
         learned = sum(label != IGNORE for row in labels for label in row[1 : self.max_length])
         report = self.report(model, result, history(trainer)) | evaluations(trainer)
@@ -165,7 +179,7 @@ class Finetune(Train):
         if self.stack == "continue":
             model = load.with_adapter(base, self.adapter)
             load.activate(model, model.active_adapters, learning="default")
-            return self.in_dtype(model)
+            return self.in_precision(model)
         if self.lora_init == "closed_form":
             raise ValueError(f"{self.adapter} corrects the model already: start what is on top with --lora_init zero")
         if checkpoint.correction_of(load.adapter_path(self.adapter)):
@@ -177,7 +191,7 @@ class Finetune(Train):
         torch.manual_seed(self.seed)
         model.add_adapter("default", self.peft_config(model))
         load.activate(model, [checkpoint.CORRECTION, "default"], learning="default")
-        return self.in_dtype(model)
+        return self.in_precision(model)
 
     def correction(self) -> Path | None:
         """The frozen adapter below the trained one."""
@@ -204,7 +218,7 @@ class Finetune(Train):
     def finish(self, report: dict) -> None:
         """Leaves the adapter and its stamp in `output_dir`, and beside them the correction, byte for byte."""
         place = Path(self.output_dir)
-        halve(place / checkpoint.ADAPTER_WEIGHTS)
+        lora_bits.store(place / checkpoint.ADAPTER_WEIGHTS, self.lora_bits)
         if self.adapter and (Path(self.adapter) / checkpoint.BASE_TENSORS).exists():
             shutil.copyfile(Path(self.adapter) / checkpoint.BASE_TENSORS, place / checkpoint.BASE_TENSORS)
         if below := self.correction():

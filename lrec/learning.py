@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from lrec import lora_bits
 from lrec.formats.uniform import SCALE_WIDTHS
 from lrec.options import setting
 
@@ -27,6 +28,9 @@ class Learning:
         False,
         "adapters see each group's inputs summed, so that export packed folds them into float zero points exactly",
     )
+    lora_bits: int = setting(
+        16, "bits in which adapters are stored: 16 (bfloat16), or 8 (int8, trained so, a scale for each component)"
+    )
     lora_dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "dtype of the adapters; bfloat16 ones are updated with stochastic rounding"
     )
@@ -34,6 +38,10 @@ class Learning:
     def __post_init__(self):
         if self.scale_bits not in (None, *SCALE_WIDTHS):
             raise ValueError(f"scale_bits = {self.scale_bits} is not offered; allowed: 8, 16, none")
+        if self.lora_bits not in lora_bits.WIDTHS:
+            raise ValueError(f"lora_bits = {self.lora_bits} is not offered; allowed: 16, 8")
+        if self.lora_pool and self.lora_bits == 8:
+            raise ValueError("lora_pool is for adapters that export packed folds away: leave lora_bits at 16")
 
     def learning(self) -> dict:
         """These settings by name, for another dataclass that has them."""

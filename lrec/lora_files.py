@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lrec import checkpoint, foreign, trained
+from lrec import checkpoint, foreign, lora_bits, trained
 from lrec.formats import Packed
 
 
@@ -54,8 +54,7 @@ class LoraFiles:
             )
         self.own_rank = config["r"]
         self.own_scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-        with checkpoint.open_tensors(directory / checkpoint.ADAPTER_WEIGHTS) as file:
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is not a dict)
+        self.tensors = lora_bits.read(directory / checkpoint.ADAPTER_WEIGHTS)
 
     def packed(self, layer: str, packed: Packed) -> Packed:
         """A layer's weight with the scales and zeros that were trained; the same if none were."""
@@ -63,7 +62,7 @@ class LoraFiles:
         return trained.updated(layer, packed, self.fields[layer]) if layer in self.fields else packed
 
     def pair(self, layer: str) -> tuple[Tensor, Tensor] | None:
-        """(A, B), (R, K) and (N, R) as stored, for a layer, or None if it is not adapted.
+        """(A, B), (R, K) and (N, R) as stored, int8 in float32, for a layer, or None if it is not adapted.
 
         With an adapter below: A of both and scaling * B of both in float32, zeros where one leaves the layer alone.
         """

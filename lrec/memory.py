@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lrec import anatomy, losses, shapes, trained
+from lrec import anatomy, lora_bits, losses, shapes, trained
 from lrec.ends import keep_stored
 from lrec.head import SLICE_WEIGHTS, output_layer
 from lrec.kernels import native, reference
@@ -53,6 +53,7 @@ class Setup:
     lora_r: int = 16
     target_modules: str | list[str] = "all-linear"
     lora_dtype: torch.dtype = torch.float32
+    lora_bits: int = 16
     batch_size: int = 1
     max_length: int = 512
     checkpointing: str = "block"
@@ -189,6 +190,8 @@ def adapted_skeleton(config, setup: Setup) -> nn.Module:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(setup.lora_dtype)
+    if setup.lora_bits == 8:
+        lora_bits.start(model)
     trained.start(model, kinds)
     if setup.checkpointing == "split":
         split_blocks(model)
@@ -244,22 +247,16 @@ def told(run, model: nn.Module, teacher, config, meter) -> dict:
     base = trained.base_of(model)
     embedding = base.get_input_embeddings()
     dtype = embedding.dtype if isinstance(embedding, PackedModule) else embedding.weight.dtype
+    of_run = ("train", "lora_r", "lora_bits", "max_length", "stream_weights")
+    of_step = ("offload_checkpoints", "embeddings", "fused_backward", "kl_weight", "ce_weight", "loss_chunk_tokens")
     setup = Setup(
-        train=run.train,
-        lora_r=run.lora_r,
+        **{name: getattr(run, name) for name in of_run},
+        **{name: getattr(config, name) for name in of_step},
         target_modules=run.targets(),
         lora_dtype=getattr(torch, run.lora_dtype),
         batch_size=config.per_device_train_batch_size,
-        max_length=run.max_length,
         checkpointing=config.checkpointed_parts,
-        offload_checkpoints=config.offload_checkpoints,
-        embeddings=config.embeddings,
-        stream_weights=run.stream_weights,
         optimizer=str(getattr(config.optim, "value", config.optim)),
-        fused_backward=config.fused_backward,
-        kl_weight=config.kl_weight,
-        ce_weight=config.ce_weight,
-        loss_chunk_tokens=config.loss_chunk_tokens,
         own_teacher_head=getattr(teacher, "head", None) is not None,
         dtype=dtype,
         stored_dtype=dtype,

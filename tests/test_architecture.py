@@ -17,7 +17,7 @@ FLOORS = [
     "lora shared_inputs",
     "anatomy cache checkpoint cpu_embeddings embeddings head losses lowrank optimizers teacher text topk ggml foreign "
     "checkpoints",
-    "trained record card export_card export_record logbook",
+    "trained lora_bits record card export_card export_record logbook",
     "watch training_progress training_state",
     "integrations conversations pooling",
     "stream load assembly calibration allocation sweep blockwise reconstruct inputs meter forward step ends shapes "

@@ -2,8 +2,8 @@
 
 Its base is the *quantized* model, since an adapter that corrects 2-bit errors is wrong on anything else; the stamp
 `lrec_adapter.json`, repeated in the header of the weights, holds the hash of the packed weights, which is checked
-whenever peft loads the adapter onto a packed model. The adapter of a task on top of a correction comes out with it, as
-one LoRA of both ranks.
+whenever peft loads the adapter onto a packed model. Factors in int8 become bfloat16. The adapter of a task on top of a
+correction comes out with it, as one LoRA of both ranks.
 """
 
 import json
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from lrec import card, checkpoint, foreign, load, text, trained
+from lrec import card, checkpoint, foreign, load, lora_bits, text, trained
 from lrec.export import Export
 from lrec.lora_files import LoraFiles
 from lrec.options import setting
@@ -49,9 +50,8 @@ class Adapter(Export):
             stamp = {key: value for key, value in stamp.items() if key != "correction_sha256"}
         else:
             checkpoint.check_correction(adapter_dir, stamp, [])
-            with checkpoint.open_tensors(adapter_dir / checkpoint.ADAPTER_WEIGHTS) as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is not a dict)
-        stamp = checkpoint.without_folders(stamp)
+            tensors = lora_bits.read(adapter_dir / checkpoint.ADAPTER_WEIGHTS, torch.bfloat16)
+        stamp = checkpoint.without_folders(stamp) | ({"lora_bits": 16} if "lora_bits" in stamp else {})
         name, revision = text.origin(model_dir)
         if self.base is not None:
             name, revision = self.base, None

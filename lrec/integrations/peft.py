@@ -4,7 +4,8 @@ peft takes a `PackedLinear` for the `nn.Linear` it is, and is right about everyt
 adapter by adding to `weight`, which here is a copy that nobody keeps. So peft is taught, when it is imported, to put
 `LoraPackedLinear` there instead. Its forward pass, y = base(x) + scaling * B A dropout(x), is `lrec.lora`'s for a
 plain adapter, which keeps x itself and A x for backward. Others below it that are plain, as a frozen correction is
-under the adapter of a task, are added to that, and keep nothing if they are frozen. All else is peft's own.
+under the adapter of a task, are added to that, and keep nothing if they are frozen. Files of int8 codes are decoded
+when they are loaded (`lrec.lora_bits`). All else is peft's own.
 """
 
 import functools
@@ -16,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lrec import lora_bits
 from lrec.lora import add_low_rank, lora_linear
 from lrec.nn import PackedLinear, packed_modules
 
@@ -144,6 +146,7 @@ def register() -> None:
     if hasattr(LoraModel._create_new_module, "by_lrec"):
         return
     create, check = LoraModel._create_new_module, BaseTuner._check_merge_allowed
+    remap = LoraModel._remap_adapter_state_dict_for_load.__func__
 
     @functools.wraps(create)
     def create_new_module(lora_config, adapter_name, target, **kwargs):
@@ -173,8 +176,13 @@ def register() -> None:
             )
         check(self)
 
+    @functools.wraps(remap)
+    def remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        return remap(cls, model, config, adapter_name, lora_bits.decode(state_dict))
+
     create_new_module.by_lrec = True
     LoraModel._create_new_module = staticmethod(create_new_module)
+    LoraModel._remap_adapter_state_dict_for_load = classmethod(remap_adapter_state_dict_for_load)
     BaseTuner._check_merge_allowed = check_merge_allowed
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lrec import checkpoint, trained
+from lrec import checkpoint, lora_bits, trained
 from lrec.nn import PackedLinear
 
 LOADERS = {"peft.peft_model": "PeftModel", "transformers.integrations.peft": "PeftAdapterMixin"}
@@ -53,11 +53,17 @@ def checked(load: Callable) -> Callable:
 def check(model: nn.Module, directory: Path) -> None:
     """Raises ValueError for an adapter that does not belong on this model; remembers one that does, and puts its
     trained scales and zeros into the base."""
+    weights = directory / checkpoint.ADAPTER_WEIGHTS
     stamp = checkpoint.check_stamp(directory, checkpoint.packed_sha256(model))
+    if not hasattr(model, "get_base_model") and weights.exists() and lora_bits.holds_codes(weights):
+        raise ValueError(
+            f"{directory} holds int8 factors, which transformers' load_adapter does not decode: load it by peft "
+            "(PeftModel.from_pretrained), or make it plain (lrec export --format adapter)"
+        )
     loaded = model.__dict__.setdefault("_lrec_adapters", set())
     checkpoint.check_correction(directory, stamp, loaded)
     trained.load(model, directory, stamp)
-    if (directory / checkpoint.ADAPTER_WEIGHTS).exists():
+    if weights.exists():
         loaded.add(checkpoint.adapter_hash(directory))
 
 
