@@ -1,4 +1,5 @@
-"""How many bits each layer gets: by rules on its name, or so that a size is met with the least error.
+"""How many bits each layer gets, and adapters of which rank: by rules on its name, or so that a size is met with the
+least error.
 
 Rules (`bits_map`) are PATTERN=BITS parted by commas. A pattern is `re:` and a regular expression for the whole name,
 or a glob for the whole name or for its last parts (`down_proj`, `mlp.*`, `model.layers.0.*`). Where several rules
@@ -7,7 +8,8 @@ match, the last one holds: general rules first, exceptions behind them.
 A target (`target_bpw`) is met greedily: every layer starts at its narrowest width, and the step to more bits that
 saves most error per byte is taken, again and again, while it fits. Only steps on the lower convex hull of a layer's
 (bytes, error) are considered, so that the gains of a layer fall; then the greedy choice has the least total error of
-all choices of its size (Fox, Discrete optimization via marginal analysis, 1966).
+all choices of its size (Fox, Discrete optimization via marginal analysis, 1966). Where ranks are allocated too, each
+width is offered with adapters of several ranks, whose bytes count like those of codes.
 """
 
 import dataclasses
@@ -69,11 +71,17 @@ def widths(quantizer: Quantizer) -> list[int]:
     return found
 
 
-def to_target(table: list[dict], target_bpw: float) -> dict[str, int]:
-    """Bits by layer name: the least total error at `target_bpw` stored bits per weight or less.
+def ranks_to(most: int) -> list[int]:
+    """The ranks that are offered up to `most`: 0, 4, 8, 16 ... and `most` itself."""
+    return [0, *(2**i for i in range(2, most.bit_length()) if 2**i < most), most]
 
-    A row of the table is a layer: `name`, `weights`, and `choices`, each with `bits`, `bytes` and `error`; errors of
-    different layers must add up. Raises ValueError with the nearest size that can be reached if the target cannot.
+
+def to_target(table: list[dict], target_bpw: float) -> dict[str, dict]:
+    """The choice of each layer, by name: the least total error at `target_bpw` stored bits per weight or less.
+
+    A row of the table is a layer: `name`, `weights`, and `choices`, each with `bytes`, `error` and what it stands for
+    (`bits`, `rank`); errors of different layers must add up. Raises ValueError with the nearest size that can be
+    reached if the target cannot.
     """
     weights = sum(row["weights"] for row in table)
     hulls = [hull(row["choices"]) for row in table]
@@ -102,7 +110,7 @@ def to_target(table: list[dict], target_bpw: float) -> dict[str, int]:
             used += wider["bytes"] - now["bytes"]
             level[layer] += 1
             offer(layer)
-    return {row["name"]: choices[i]["bits"] for row, choices, i in zip(table, hulls, level, strict=True)}
+    return {row["name"]: choices[i] for row, choices, i in zip(table, hulls, level, strict=True)}
 
 
 def hull(choices: list[dict]) -> list[dict]:

@@ -151,9 +151,18 @@ class Assembly:
             "bits": dict(sorted(Counter(row["bits"] for row in self.rows).items())),
             "bits_per_weight": 8 * packed_bytes / weights,
             "packed_bytes": packed_bytes,
+            **self._adapters_report(packed_bytes, weights),
             "num_layers": len(self.rows),
             "seconds": round(self.progress["seconds"], 2),
         }
+
+    def _adapters_report(self, packed_bytes: int, weights: int) -> dict:
+        """What is told of adapters whose ranks were allocated: layers by rank, and the size with them."""
+        if not all("rank" in row for row in self.rows):
+            return {}
+        total = packed_bytes + sum(row["adapter_bytes"] for row in self.rows)
+        ranks = Counter(row["rank"] for row in self.rows)
+        return {"ranks": dict(sorted(ranks.items())), "bits_per_weight_with_adapters": 8 * total / weights}
 
     def _quantization_config(self, about: dict, report: dict):
         from lrec.integrations.transformers import LrecQuantConfig

@@ -27,9 +27,9 @@ from lrec import (
     checkpoint,
     embeddings,
     end_loss,
-    experts,
     inputs,
     left_out,
+    lora_bits,
     lowrank,
     processes,
     registry,
@@ -81,7 +81,7 @@ class Pass:
             raise ValueError(
                 f"{registry.name_of(type(quantizer))} needs calibration ({wanted}); name a text with --dataset"
             )
-        check_pairing(streamed, self.settings)
+        self.settings.check(streamed)
         self.second_stage = blockwise.wanted(quantizer, self.settings)
         self.own_windows = calibration.own(self.settings.batch_size) if calibration else None
         self.about = {
@@ -99,6 +99,7 @@ class Pass:
         ]
         self.ruled = allocation.by_rules(self.settings.bits_map, names, quantizer) if self.settings.bits_map else {}
         self.bits = dict.fromkeys(names, quantizer.bits) | self.ruled
+        self.ranks: dict[str, int] = {}  # of factors, where they are allocated
         if self.ruled:
             self.about["bits_map"] = self.settings.bits_map
         self.assembly = Assembly(output_dir, self._fingerprint(), len(streamed))
@@ -106,7 +107,7 @@ class Pass:
         self.token_weights: dict[str, dict[str, Tensor]] = {}  # by block and linear, where the end loss weighs tokens
         # Not in the fingerprint: the sweep serves any target, and a block that is done knows its bits.
         if self.settings.target_bpw is not None:
-            self.about["target_bpw"] = self.settings.target_bpw
+            self.about |= {"target_bpw": self.settings.target_bpw, "allocate_ranks": self.settings.allocate_ranks}
 
     def run(self) -> dict:
         """Quantizes every block not yet done; the directory then loads with `from_pretrained`. Returns the report.
@@ -167,14 +168,19 @@ class Pass:
         self.assembly.save_rest(tensors, rows)
 
     def _allocate(self) -> None:
-        """Sets every layer's bits by the target, if there is one; raises ValueError if blocks are done with others."""
+        """Sets every layer's bits by the target, if there is one, and ranks if they are allocated; raises ValueError if
+        blocks are done with others."""
         if self.settings.target_bpw is not None:
             widths = [allocation.with_bits(self.quantizer, bits) for bits in allocation.widths(self.quantizer)]
             fixed = {layer: [allocation.with_bits(self.quantizer, bits)] for layer, bits in self.ruled.items()}
             choices = dict.fromkeys(self.bits, widths) | fixed
-            table = sweep.table(self.streamed, self.assembly, choices, self._embed, self._see)
-            self.bits = allocation.to_target(table, self.settings.target_bpw)
-        if any(row["bits"] != self.bits[row["name"]] for row in self.assembly.rows):
+            table = sweep.table(self.streamed, self.assembly, choices, self.settings, self._embed, self._see)
+            chosen = allocation.to_target(table, self.settings.target_bpw)
+            self.bits = {layer: choice["bits"] for layer, choice in chosen.items()}
+            if self.settings.allocate_ranks:
+                self.ranks = {layer: choice["rank"] for layer, choice in chosen.items()}
+        done = [(row["bits"], row.get("rank")) for row in self.assembly.rows]
+        if done != [(self.bits[row["name"]], self.ranks.get(row["name"])) for row in self.assembly.rows]:
             raise ValueError(
                 f"{self.assembly.directory} holds an unfinished run with other bits; finish that one with its "
                 "target_bpw, remove it, or choose another output_dir"
@@ -236,9 +242,11 @@ class Pass:
         row |= self.quantizer.measure(packed, w_NK)
         # Other processes may have other devices.
         place = "cpu" if processes.count() > 1 else self.streamed.device
-        if not self.settings.init_rank:
+        rank = self.ranks.get(layer, min(self.settings.init_rank, *packed.shape))
+        if self.ranks:
+            row |= {"rank": rank, "adapter_bytes": lora_bits.pair_bytes(packed.shape, rank, self.settings.lora_bits)}
+        if not rank:
             return packed.to(place), row, None
-        rank = min(self.settings.init_rank, *packed.shape)
         pair = lowrank.factor(target_NK - packed.unpack(), rank, hessian_KK)
         left_NK = lowrank.left_over(w_NK - packed.unpack(), pair)
         row["corrected_error"] = energy(left_NK, hessian_KK) / energy(w_NK, hessian_KK)
@@ -282,12 +290,3 @@ class Pass:
         settings = asdict(self.settings) | {"target_bpw": None}
         parts = [self.about, settings, ids, str(self.streamed.dtype)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def check_pairing(streamed: StreamedModel, settings: PassSettings) -> None:
-    """Raises ValueError for `match_upstream` with experts, whose tokens in one model are not those in the other."""
-    if settings.match_upstream and any(experts.unfused(streamed.model)):
-        raise ValueError(
-            "match_upstream pairs each token's inputs in both models, but drift routes tokens to other experts; "
-            "leave it out for a mixture of experts"
-        )

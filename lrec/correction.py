@@ -19,6 +19,7 @@ from lrec import (
     memory,
     offload,
     processes,
+    ranks,
     stream,
     text,
     trained,
@@ -191,9 +192,9 @@ class Train(Learning, Text, Place):
             return load.model(self.model, None, self.device, self.dtype)
         return offload.load_for_training(self.model, self.device, self.dtype, config.gradient_checkpointing)
 
-    def targets(self) -> str | list[str]:
-        """The modules that get adapters, as peft takes them."""
-        return "all-linear" if self.lora_target_modules == "all-linear" else self.lora_target_modules.split(",")
+    def lora_shape(self) -> dict:
+        """Where new adapters go, of which rank and scaled how, as peft's LoraConfig takes it."""
+        return ranks.shape(self, text.model_path(self.model))
 
     def trainable(self, base, gradient_checkpointing: bool):
         """The base, prepared, with what `train` names ready to learn."""
@@ -215,6 +216,7 @@ class Train(Learning, Text, Place):
 
         torch.manual_seed(self.seed)
         model = get_peft_model(base, self.peft_config(base))
+        ranks.check(model)
         if self.lora_pool:
             if self.lora_init == "closed_form":
                 raise ValueError("the stored factors are no pooled ones: with --lora_pool start from --lora_init zero")
@@ -223,8 +225,8 @@ class Train(Learning, Text, Place):
             factors = text.model_path(self.model) / assembly.LOWRANK
             if not factors.exists():
                 raise ValueError(
-                    f"{self.model} holds no {assembly.LOWRANK} to start from; "
-                    f"use --lora_init zero, quantize with --init_rank {self.lora_r}, or --train scales,zeros"
+                    f"{self.model} holds no {assembly.LOWRANK} to start from; use --lora_init zero, quantize with "
+                    f"--init_rank {model.peft_config['default'].r}, or --train scales,zeros"
                 )
             lowrank.initialise(model, lowrank.load(factors))
         return self.in_precision(model)
@@ -233,12 +235,11 @@ class Train(Learning, Text, Place):
         """New adapters as these settings describe them."""
         from peft import LoraConfig
 
+        shape = self.lora_shape()
         return LoraConfig(
-            exclude_modules=anatomy.unpacked(model) if self.lora_target_modules == "all-linear" else None,
-            r=self.lora_r,
-            lora_alpha=self.lora_r if self.lora_alpha is None else self.lora_alpha,
+            **shape,
+            exclude_modules=anatomy.unpacked(model) if shape["target_modules"] == "all-linear" else None,
             lora_dropout=self.lora_dropout,
-            target_modules=self.targets(),
             task_type="CAUSAL_LM",
         )
 
@@ -264,7 +265,11 @@ class Train(Learning, Text, Place):
             "packed_sha256": checkpoint.packed_sha256(trained.base_of(model)),
             **({"base_tensors_sha256": checkpoint.tensors_hash(changed)} if changed else {}),
             "train": ",".join(kinds),
-            **({n: getattr(self, n) for n in ("lora_r", "lora_bits", "lora_init")} if "adapters" in kinds else {}),
+            **(
+                {"lora_r": model.peft_config["default"].r, "lora_bits": self.lora_bits, "lora_init": self.lora_init}
+                if "adapters" in kinds
+                else {}
+            ),
             "dataset": self.dataset,
             "num_steps": result.global_step,
             "loss": result.training_loss,

@@ -216,6 +216,8 @@ class LoraConfig(TypedDict, total=False):
     peft_type: str
     r: Annotated[int, Field(ge=1, lt=2**20)]
     lora_alpha: Number
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, lt=2**20)]] | None
+    alpha_pattern: dict[str, Number] | None
     target_modules: list[str] | str | None
     base_model_name_or_path: str | None
     revision: str | None

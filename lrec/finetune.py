@@ -25,6 +25,7 @@ from lrec import (
     lora_bits,
     memory,
     processes,
+    ranks,
     stream,
     text,
 )
@@ -117,7 +118,7 @@ class Finetune(Train):
         curve.end()  # what follows is no part of the training
         longest = self.max_length if config.packing else min(self.max_length, max(map(len, ids)))
         told = memory.told(replace(self, max_length=longest), model, trainer.teacher, config, meter)
-        report |= self.built_on(model) | told
+        report |= self.built_on() | told
         if trainer.is_world_process_zero():
             self.finish(report)
             logbook.write(self.output_dir, "train", [self, config], curve)
@@ -190,6 +191,7 @@ class Finetune(Train):
         model = PeftModel.from_pretrained(base, self.adapter, adapter_name=checkpoint.CORRECTION)
         torch.manual_seed(self.seed)
         model.add_adapter("default", self.peft_config(model))
+        ranks.check(model)
         load.activate(model, [checkpoint.CORRECTION, "default"], learning="default")
         return self.in_precision(model)
 
@@ -206,11 +208,11 @@ class Finetune(Train):
             raise ValueError(f"{self.adapter} holds scales and zeros, no adapter to go on with: use --stack new")
         return alone
 
-    def built_on(self, model) -> dict:
+    def built_on(self) -> dict:
         """What the stamp says of what the new adapter is on top of, or goes on from."""
         below = self.correction()
         grids = checkpoint.read_stamp(Path(self.adapter)).get("base_tensors_sha256") if self.adapter else None
-        found = {"objective": self.objective, "lora_r": model.peft_config["default"].r}
+        found = {"objective": self.objective}
         found |= {"correction_sha256": checkpoint.adapter_hash(below)} if below else {}
         found |= {"base_tensors_sha256": grids} if grids else {}
         return found | ({"continued_from": self.adapter} if self.adapter and self.stack == "continue" else {})

@@ -17,7 +17,9 @@ class Learning:
     scale_bits: int | None = setting(
         8, "bits in which trained scales and zeros of uniform layers are stored: 8 or 16 (none: as many as the base's)"
     )
-    lora_r: int = setting(16, "rank of the adapters")
+    lora_r: int | None = setting(
+        None, "rank of the adapters (none: layer by layer as quantizing allocated them, or 16 for all)"
+    )
     lora_alpha: int | None = setting(None, "LoRA alpha; the update is scaled by alpha / r (none: alpha = r)")
     lora_dropout: float = setting(0.0, "dropout before the adapters")
     lora_target_modules: str = setting("all-linear", "all-linear, or comma-separated names")

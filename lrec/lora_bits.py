@@ -52,6 +52,11 @@ class RoundedLinear(nn.Linear):
         return rounded(self._parameters["weight"], self.dim)
 
 
+def pair_bytes(shape: tuple[int, int], rank: int, bits: int) -> int:
+    """Stored bytes of a pair of this rank on a weight of this shape, (N, K)."""
+    return rank * (sum(shape) * bits // 8 + (2 * torch.float32.itemsize if bits == 8 else 0))
+
+
 def start(model: nn.Module) -> None:
     """Lets all products with the adapters that are trained see them as int8 stores them."""
     for layer in [*model.modules()]:

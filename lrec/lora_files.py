@@ -11,8 +11,8 @@ from lrec.formats import Packed
 
 
 class LoraFiles:
-    """The pairs of A and B by layer, their `rank` (0 without any) and the `scaling` of their product; and the tensors
-    of the base that were trained, `fields`, by layer.
+    """The pairs of A and B by layer, the largest `rank` (0 without any) and the `scaling` of their product; and the
+    tensors of the base that were trained, `fields`, by layer.
 
     An adapter that was trained on top of another, `below`, is read with it, as one of the rank of both together.
     Raises ValueError for an adapter that is not plain LoRA, whose stamp names other packed weights, or that lacks the
@@ -30,19 +30,16 @@ class LoraFiles:
         self.fields = trained.read(directory, stamp)
         self.tensors: dict[str, Tensor] = {}
         self.used: set[str] = set()
-        self.own_rank, self.own_scaling = 0, 1.0
+        self.own_rank, self.config = 0, {}
         if not self.fields or (directory / "adapter_config.json").exists():
             self._read_pairs(directory)
         self.rank = self.own_rank + (self.below.rank if self.below else 0)
-        self.scaling = 1.0 if self.below else self.own_scaling
+        self.alike = not (self.below or self.config.get("rank_pattern") or self.config.get("alpha_pattern"))
+        self.scaling = self._own_scaling("", self.own_rank) if self.alike and self.config else 1.0
 
     def _read_pairs(self, directory: Path) -> None:
         config = foreign.lora_config(directory)
-        odd = [
-            key
-            for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
-            if config.get(key)
-        ]
+        odd = [key for key in ("use_dora", "modules_to_save", "lora_bias") if config.get(key)]
         if config.get("peft_type") != "LORA" or odd:
             raise ValueError(
                 f"{directory} is not a plain LoRA ({config.get('peft_type')}, {', '.join(odd)}); "
@@ -52,8 +49,8 @@ class LoraFiles:
             raise ValueError(
                 f"{directory / 'adapter_config.json'} does not say {', '.join(unsaid)}; train or fetch it again"
             )
-        self.own_rank = config["r"]
-        self.own_scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+        self.config = config
+        self.own_rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
         self.tensors = lora_bits.read(directory / checkpoint.ADAPTER_WEIGHTS)
 
     def packed(self, layer: str, packed: Packed) -> Packed:
@@ -64,19 +61,27 @@ class LoraFiles:
     def pair(self, layer: str) -> tuple[Tensor, Tensor] | None:
         """(A, B), (R, K) and (N, R) as stored, int8 in float32, for a layer, or None if it is not adapted.
 
-        With an adapter below: A of both and scaling * B of both in float32, zeros where one leaves the layer alone.
+        With an adapter below, or where ranks or scalings differ between layers, in float32 and B scaled already: A of
+        both and B of both, or of the one that adapts the layer.
         """
         own = self._own_pair(layer)
-        if self.below is None:
+        if self.alike:
             return own
-        under = self.below.pair(layer)
-        if own is None and under is None:
+        under = self.below.pair(layer) if self.below else None
+        parts = [(under, self.below.scaling)] if under else []
+        parts += [(own, self._own_scaling(layer, len(own[0])))] if own else []
+        if not parts:
             return None
-        a_RK, b_NR = own or under
-        a0, b0 = under or (a_RK.new_zeros(self.below.rank, a_RK.shape[1]), b_NR.new_zeros(len(b_NR), self.below.rank))
-        a1, b1 = own or (a_RK.new_zeros(self.own_rank, a_RK.shape[1]), b_NR.new_zeros(len(b_NR), self.own_rank))
-        scaled = self.below.scaling * b0.float(), self.own_scaling * b1.float()
-        return torch.cat([a0.float(), a1.float()]), torch.cat(scaled, 1)
+        scaled = [scaling * b_NR.float() for (_, b_NR), scaling in parts]
+        return torch.cat([a_RK.float() for (a_RK, _), _ in parts]), torch.cat(scaled, 1)
+
+    def _own_scaling(self, layer: str, rank: int) -> float:
+        alpha, own = self.config["lora_alpha"], self.config.get("alpha_pattern") or {}
+        if own:
+            from peft.utils.other import get_pattern_key
+
+            alpha = own.get(get_pattern_key(own.keys(), layer), alpha)
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _own_pair(self, layer: str) -> tuple[Tensor, Tensor] | None:
         keys = [f"base_model.model.{layer}.lora_{half}.weight" for half in "AB"]

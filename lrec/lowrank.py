@@ -33,20 +33,12 @@ def factor(
     N, K = residual_NK.shape
     if not 1 <= rank <= min(N, K):
         raise ValueError(f"rank = {rank} does not fit a weight of shape {(N, K)}; allowed: 1 to {min(N, K)}")
-    core, basis_KK = (residual_NK.double(), None) if N <= K else _column_span(residual_NK)
-    gram = core @ core.t()
-    if hessian_KK is not None:
-        gram *= damping * float(hessian_KK.diagonal().double().mean())
-        # By slices, so that no copy of the Hessian in float64 exists.
-        for start in range(0, K, SLICE):
-            part = slice(start, start + SLICE)
-            gram += core @ hessian_KK[:, part].to(core) @ core[:, part].t()
-    if not gram.isfinite().all():
-        raise ValueError("the residual or the Hessian holds NaN or infinity; check the weight and the calibration data")
-    if basis_KK is None:
-        del core  # made again below: eigh takes several times the room of `gram`, where its result goes
+    # Of a wide residual a float64 copy is made anew below: eigh takes several times the room of `gram`, where its
+    # result goes.
+    core, basis_KK = (None, None) if N <= K else _column_span(residual_NK)
+    gram = _gram(residual_NK if core is None else core, hessian_KK, damping)
     u = torch.linalg.eigh(gram, out=(gram.new_empty(len(gram)), gram)).eigenvectors[:, -rank:].flip(1)
-    a_RK = u.t() @ (residual_NK.double() if basis_KK is None else core)
+    a_RK = u.t() @ (residual_NK.double() if core is None else core)
     size_R = a_RK.norm(dim=1)
     root_R = size_R.sqrt()
     a_RK = a_RK * torch.where(size_R > 0, 1 / root_R, 0)[:, None]
@@ -54,10 +46,36 @@ def factor(
     return a_RK.float(), (u_NR * root_R).float()
 
 
+def left_by_rank(residual_NK: Tensor, hessian_KK: Tensor | None = None, damping: float = 0.01) -> Tensor:
+    """Which share of tr D R D^T the factors of each rank leave, float64 (min(N, K) + 1,): 1 for rank 0, 0 for the last.
+
+    Each component repairs its eigenvalue's part of the sum. Raises ValueError for tensors that are not finite.
+    """
+    N, K = residual_NK.shape
+    values = torch.linalg.eigvalsh(_gram(residual_NK if N <= K else _column_span(residual_NK)[0], hessian_KK, damping))
+    left = torch.cat([values.new_zeros(1), values.clamp_min(0).cumsum(0)]).flip(0)
+    return left / left[0].clamp_min(torch.finfo(left.dtype).tiny)
+
+
 def left_over(residual_NK: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
     """D - B A of a residual D and factors (A, B), in the place of D."""
     a_RK, b_NR = pair
     return residual_NK.addmm_(b_NR, a_RK, alpha=-1)
+
+
+def _gram(core_NK: Tensor, hessian_KK: Tensor | None, damping: float) -> Tensor:
+    """D R D^T (N, N) in float64. Raises ValueError if it is not finite."""
+    core = core_NK.double()
+    gram = core @ core.t()
+    if hessian_KK is not None:
+        gram *= damping * float(hessian_KK.diagonal().double().mean())
+        # By slices, so that no copy of the Hessian in float64 exists.
+        for start in range(0, core.shape[1], SLICE):
+            part = slice(start, start + SLICE)
+            gram += core @ hessian_KK[:, part].to(core) @ core[:, part].t()
+    if not gram.isfinite().all():
+        raise ValueError("the residual or the Hessian holds NaN or infinity; check the weight and the calibration data")
+    return gram
 
 
 def _column_span(d_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,6 +156,15 @@ def save(factors: Factors, path: str | Path) -> None:
     for name, (a, b) in factors.items():
         tensors |= {f"{name}.lora_A": a.half().contiguous(), f"{name}.lora_B": b.half().contiguous()}
     checkpoint.write_tensors(Path(path), tensors)
+
+
+def ranks(path: Path) -> dict[str, int]:
+    """The rank of each layer's factors in a file of `save`, from its header; empty if there is no file."""
+    if not path.exists():
+        return {}
+    with checkpoint.open_tensors(path) as file:
+        halves = [key for key in file.keys() if key.endswith(".lora_A")]  # noqa: SIM118  (safe_open is not a dict)
+        return {key.removesuffix(".lora_A"): file.get_slice(key).get_shape()[0] for key in halves}
 
 
 def load(path: str | Path) -> Factors:

@@ -13,7 +13,7 @@ a few moments at which memory may be fullest; each is a sum of named parts, and 
 Weights, adapters and the optimizer's states are there at all times. A new setting is a change of one term.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ class Setup:
     target_modules: str | list[str] = "all-linear"
     lora_dtype: torch.dtype = torch.float32
     lora_bits: int = 16
+    rank_pattern: dict[str, int] = field(default_factory=dict)
     batch_size: int = 1
     max_length: int = 512
     checkpointing: str = "block"
@@ -184,8 +185,8 @@ def adapted_skeleton(config, setup: Setup) -> nn.Module:
     model = prepare_model_for_training(model, use_gradient_checkpointing=checkpointed)
     kinds = trained.kinds_of(setup.train)
     if "adapters" in kinds:
-        lora = LoraConfig(r=setup.lora_r, target_modules=setup.target_modules, task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora, low_cpu_mem_usage=True)
+        shape = {"r": setup.lora_r, "rank_pattern": setup.rank_pattern, "target_modules": setup.target_modules}
+        model = get_peft_model(model, LoraConfig(**shape, task_type="CAUSAL_LM"), low_cpu_mem_usage=True)
     model.train()
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -247,12 +248,14 @@ def told(run, model: nn.Module, teacher, config, meter) -> dict:
     base = trained.base_of(model)
     embedding = base.get_input_embeddings()
     dtype = embedding.dtype if isinstance(embedding, PackedModule) else embedding.weight.dtype
-    of_run = ("train", "lora_r", "lora_bits", "max_length", "stream_weights")
+    of_run, lora = ("train", "lora_bits", "max_length", "stream_weights"), run.lora_shape()
     of_step = ("offload_checkpoints", "embeddings", "fused_backward", "kl_weight", "ce_weight", "loss_chunk_tokens")
     setup = Setup(
         **{name: getattr(run, name) for name in of_run},
         **{name: getattr(config, name) for name in of_step},
-        target_modules=run.targets(),
+        lora_r=lora["r"],
+        rank_pattern=lora["rank_pattern"],
+        target_modules=lora["target_modules"],
         lora_dtype=getattr(torch, run.lora_dtype),
         batch_size=config.per_device_train_batch_size,
         checkpointing=config.checkpointed_parts,

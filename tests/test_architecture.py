@@ -24,6 +24,7 @@ FLOORS = [
     "rehearsal offload lora_files end_loss rows left_out pass_settings",
     "blocks capture trainer evaluate export report bench memory pass_memory estimate rewrite fold touch_up imports",
     "effort learning",
+    "ranks",
     "runs correction parcels hub",
     "finetune",
     "recipe compare restore sample side_by_side doctor",

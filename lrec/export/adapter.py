@@ -83,11 +83,15 @@ def joined(adapter: LoraFiles, config: dict, below: Path, model_dir: Path) -> tu
     targets = [config["target_modules"], foreign.lora_config(below)["target_modules"]]
     if not all(isinstance(names, list) for names in targets):
         raise ValueError(f"{adapter.directory} and {below} cannot be joined: target_modules must be lists of names")
-    tensors = {}
-    for layer in kinds(model_dir):
-        if pair := adapter.pair(layer):
-            tensors |= {f"base_model.model.{layer}.lora_{half}.weight": t for half, t in zip("AB", pair, strict=True)}
-        adapter.used.add(f"fields of {layer}")  # which go along in their own file
+    pairs = {layer: pair for layer in kinds(model_dir) if (pair := adapter.pair(layer))}
+    tensors = {
+        f"base_model.model.{layer}.lora_{half}.weight": tensor
+        for layer, pair in pairs.items()
+        for half, tensor in zip("AB", pair, strict=True)
+    }
+    adapter.used |= {f"fields of {layer}" for layer in kinds(model_dir)}  # which go along in their own file
     adapter.check_used(model_dir)
-    ranks = {"r": adapter.rank, "lora_alpha": adapter.rank, "use_rslora": False}
-    return config | ranks | {"target_modules": sorted({*targets[0], *targets[1]})}, tensors
+    # Of both together where a layer has both.
+    others = {layer: len(a) for layer, (a, _) in pairs.items() if len(a) != adapter.rank}
+    ranks = {"r": adapter.rank, "lora_alpha": adapter.rank, "rank_pattern": others, "alpha_pattern": others}
+    return config | ranks | {"use_rslora": False, "target_modules": sorted({*targets[0], *targets[1]})}, tensors

@@ -52,6 +52,8 @@ class GgufLora(Export):
                 order, name = names.row_order(f"{layer}.weight"), names.name(f"{layer}.weight")
                 a_RK, b_NR = (half.float() for half in pair)
                 arrays[f"{name}.lora_a"] = a_RK.numpy()
+                # llama.cpp divides alpha by each layer's own rank.
+                b_NR = b_NR * (len(a_RK) / adapter.rank)
                 arrays[f"{name}.lora_b"] = (b_NR if order is None else b_NR[order]).numpy()
         adapter.check_used(model_dir)
         writer.add_float32("adapter.lora.alpha", adapter.scaling * adapter.rank)

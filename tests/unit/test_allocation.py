@@ -28,15 +28,20 @@ def table(seed, num_layers, sizes):
     return rows
 
 
+def bits(chosen):
+    return {name: choice["bits"] for name, choice in chosen.items()}
+
+
 def brute_force(rows, budget_bytes):
     """The least total error of all choices within the budget."""
     picks = itertools.product(*(row["choices"] for row in rows))
     return min(sum(c["error"] for c in pick) for pick in picks if sum(c["bytes"] for c in pick) <= budget_bytes)
 
 
-def totals(rows, bits):
+def totals(rows, chosen):
     """Bytes and error of an allocation."""
-    picked = [next(c for c in row["choices"] if c["bits"] == bits[row["name"]]) for row in rows]
+    picked = [chosen[row["name"]] for row in rows]
+    assert all(choice in row["choices"] for choice, row in zip(picked, rows, strict=True))
     return sum(c["bytes"] for c in picked), sum(c["error"] for c in picked)
 
 
@@ -76,9 +81,25 @@ def test_a_width_off_the_hull_is_passed_over():
 
     # a saves nothing at 3 bits and much at 4; b is worse at 4 bits than at 3, as measured errors can be.
     rows = [layer("a", 9.0, 9.5, 1.0), layer("b", 5.0, 4.0, 4.5)]
-    assert allocation.to_target(rows, 8 * 70 / 160) == {"a": 4, "b": 3}
-    assert allocation.to_target(rows, 8 * 60 / 160) == {"a": 4, "b": 2}
-    assert allocation.to_target(rows, 8 * 50 / 160) == {"a": 2, "b": 3}
+    assert bits(allocation.to_target(rows, 8 * 70 / 160)) == {"a": 4, "b": 3}
+    assert bits(allocation.to_target(rows, 8 * 60 / 160)) == {"a": 4, "b": 2}
+    assert bits(allocation.to_target(rows, 8 * 50 / 160)) == {"a": 2, "b": 3}
+
+
+def test_ranks_are_offered_up_to_the_largest():
+    found = {most: allocation.ranks_to(most) for most in (1, 4, 12, 32)}
+    assert found == {1: [0, 1], 4: [0, 4], 12: [0, 4, 8, 12], 32: [0, 4, 8, 16, 32]}
+
+
+def test_an_adapter_is_taken_where_its_bytes_save_more_than_bits_do():
+    def choice(bits, rank, nbytes, error):
+        return {"bits": bits, "rank": rank, "bytes": nbytes, "error": error}
+
+    low = [choice(2, 0, 20, 8.0), choice(2, 4, 24, 2.0), choice(3, 0, 30, 2.5), choice(3, 4, 34, 0.5)]
+    flat = [choice(2, 0, 20, 8.0), choice(2, 4, 24, 7.5), choice(3, 0, 30, 2.0), choice(3, 4, 34, 1.9)]
+    rows = [{"name": name, "weights": 80, "choices": found} for name, found in (("low", low), ("flat", flat))]
+    for size, expected in ((44, (low[1], flat[0])), (54, (low[1], flat[2])), (64, (low[3], flat[2]))):
+        assert tuple(allocation.to_target(rows, 8 * size / 160).values()) == expected
 
 
 def test_a_target_out_of_reach_names_the_nearest():
@@ -86,8 +107,8 @@ def test_a_target_out_of_reach_names_the_nearest():
     for target, nearest in ((3.9, "nearest is 4$"), (10.1, "nearest is 10$")):
         with pytest.raises(ValueError, match=nearest):
             allocation.to_target(rows, target)
-    assert set(allocation.to_target(rows, 4.0).values()) == {2}
-    assert set(allocation.to_target(rows, 10.0).values()) == {8}
+    assert set(bits(allocation.to_target(rows, 4.0)).values()) == {2}
+    assert set(bits(allocation.to_target(rows, 10.0)).values()) == {8}
 
 
 def test_the_last_rule_that_matches_holds():

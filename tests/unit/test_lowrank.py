@@ -84,6 +84,20 @@ def test_no_worse_than_plain_svd_or_any_other_choice_in_the_weighted_norm(seed, 
     assert abs(best - float(singular_values[rank:].norm())) <= slack
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("weigh", [True, False])
+def test_the_spectrum_tells_what_factors_of_each_rank_leave(shape, weigh):
+    residual, hessian = problem(*shape)
+    r = damped(hessian, 0.01) if weigh else torch.eye(shape[1], dtype=torch.float64)
+    left = lowrank.left_by_rank(residual, hessian if weigh else None)
+    assert len(left) == min(shape) + 1 and left[0] == 1 and left[-1] == 0
+    for rank in (1, 3, 8):
+        a, b = (t.double() for t in lowrank.factor(residual, rank, hessian if weigh else None))
+        found = weighted(residual - b @ a, r) ** 2 / weighted(residual, r) ** 2
+        assert abs(float(left[rank]) - found) < 1e-6, rank
+    assert lowrank.left_by_rank(torch.zeros(3, 5)).tolist() == [0] * 4
+
+
 def test_the_full_rank_gives_the_residual_back_and_zero_gives_zero():
     residual, hessian = problem(12, 20)
     a, b = lowrank.factor(residual, 12, hessian)
