@@ -16,6 +16,7 @@ that without lrec it misses weights, and never takes codes for them.
 from pathlib import Path
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from lrec import checkpoint
@@ -31,7 +32,8 @@ def scale_of(w: Tensor, dim: int) -> Tensor:
 
 
 def rounded(w: Tensor, dim: int) -> Tensor:
-    """What is stored of w, in its dtype, with the gradient of w and of the scales as if codes were not rounded."""
+    """What is stored of w, in its dtype; the gradient is that of scale * code, where code passes it on as it is to
+    w / scale."""
     scale = scale_of(w, dim)
     code = w.float() / scale
     return ((code + (code.round() - code).detach()) * scale).to(w.dtype)
@@ -58,7 +60,10 @@ def pair_bytes(shape: tuple[int, int], rank: int, bits: int) -> int:
 
 
 def start(model: nn.Module) -> None:
-    """Lets all products with the adapters that are trained see them as int8 stores them."""
+    """Lets all products with the adapters that are trained see them as int8 stores them. Raises ValueError under FSDP,
+    which puts views of its own where a module's weight is."""
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ValueError("lora_bits = 8 is not for FSDP: leave it at 16, or use plain data-parallel processes")
     for layer in [*model.modules()]:
         for half, dim in DIMS.items():
             parts = getattr(layer, half, None) or {}

@@ -71,7 +71,7 @@ def test_the_gradient_is_that_of_codes_that_were_not_rounded():
     assert_close(w.grad[2], upstream[2], 1e-6, "a component that is still zero")
 
 
-def test_only_trained_halves_are_rounded_and_the_optimizer_steps_floats():
+def test_only_trained_halves_are_rounded_and_the_optimizer_steps_floats(monkeypatch):
     from checks import tiny_llama
     from peft import LoraConfig, get_peft_model
 
@@ -85,6 +85,9 @@ def test_only_trained_halves_are_rounded_and_the_optimizer_steps_floats():
     assert torch.equal(a.weight, lora_bits.rounded(a._parameters["weight"], 1))
     assert not torch.equal(a.weight, a._parameters["weight"])
     assert type(layer.lora_A["frozen"]) is torch.nn.Linear
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="lora_bits = 8 is not for FSDP"):
+        lora_bits.start(model)
 
 
 @pytest.mark.parametrize("wrong", ["no scale", "scale of another rank", "floats"])
