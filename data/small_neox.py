@@ -1,9 +1,9 @@
 """A small GPT-NeoX trained from nothing on `wikipedia:train`: `python data/small_neox.py`.
 
 A second architecture where no model hub is reachable: fused query-key-value, biases, LayerNorm, attention and MLP in
-parallel, untied head. Five million weights in the blocks and a vocabulary of 4096 of its own, trained for one
-pass over the articles: about ten minutes on one core. It has learned words and little grammar, which is enough
-to ask whether a correction that was found on SmolLM2 gains here too.
+parallel, untied head. Five million weights in the blocks and a vocabulary of 512 of its own, so small that the blocks
+have to spell; trained for one pass over the articles, about ten minutes on one core. It has learned words and little
+grammar, which is enough to ask whether a correction that was found on SmolLM2 gains here too.
 """
 
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 import wikipedia
 from package_file import cache_folder, complete_folder
 
-LENGTH, BATCH, VOCABULARY = 256, 8, 4096
+LENGTH, BATCH, VOCABULARY = 256, 4, 512
 
 
 def path() -> Path:
@@ -50,7 +50,7 @@ def _train(folder: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if step % 20 == 0:
+        if step % 100 == 0:
             print(f"step {step} of {len(batches)}, loss {loss.item():.2f}", file=sys.stderr)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

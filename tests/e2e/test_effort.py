@@ -135,7 +135,12 @@ def test_the_published_baseline_and_our_recipe_run_by_one_dial(place, monkeypatc
             assert stamp["train"] == "scales,zeros" and stamp["num_steps"] == 384 // 64
             assert [row["step"] for row in stamp["evaluations"]] == [2, 4, 6]
         else:
-            assert stamp["train"] == "scales,zeros" and rows[2]["bits_per_weight"] == rows[1]["bits_per_weight"]
+            assert stamp["train"] == "scales,zeros"
+            # Trained scales of 8-bit codes take 16 bits.
+            assert (
+                rows[1]["bits_per_weight"] <= 3.25
+                and 0 <= rows[2]["bits_per_weight"] - rows[1]["bits_per_weight"] < 0.2
+            )
             folded = Path(f"runs/{name}/export")
             assert not (folded / "adapter_model.safetensors").exists()
             assert rows[2]["bytes"] == checkpoint.weights_bytes(folded), "what was trained is stored once"
