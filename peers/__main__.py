@@ -1,4 +1,4 @@
-"""The table of peers: `python -m peers` (`make peers`), which goes on where it stopped; `peers.rows` says what it has."""
+"""The table of peers, `python -m peers` (`make peers`): it goes on where it stopped; `peers.rows` says what it holds."""
 
 import json
 import subprocess

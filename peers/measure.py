@@ -71,6 +71,7 @@ def quality(model=None) -> dict:
     full = load.model(MODEL, None, "cpu", "float32")
     path = WORK / "teacher_test.safetensors"
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         batches = evaluate.states(full, ids, desc=FULL).kept().hidden
         checkpoint.write_tensors(path, {str(i): hidden for i, hidden in enumerate(batches)})
     with checkpoint.open_tensors(path) as file:
