@@ -98,13 +98,19 @@ def adapted(label: Label, folder: Path) -> tuple[Path, dict]:
         from datasets import Dataset
         from peft import LoraConfig, get_peft_model
 
+        from lrec import text
         from lrec.cache import TargetCache
         from lrec.correction import halve, history
         from lrec.teacher import CachedTeacher
         from lrec.trainer import LrecConfig, LrecTrainer
 
         torch.manual_seed(SEED)
-        model = get_peft_model(label.peer.load(folder, torch.bfloat16), LoraConfig(**LORA))
+        # By name: what peft calls all-linear leaves out hqq's class.
+        names = sorted({name.rpartition(".")[2] for name in quantized_weights(text.model_path(MODEL))})
+        # In training mode at once: on its first pass in the other, bitsandbytes packs weights for a CPU product that
+        # has no gradient, and keeps them so.
+        base = label.peer.load(folder, torch.bfloat16).train()
+        model = get_peft_model(base, LoraConfig(**LORA, target_modules=names))
         trainer = LrecTrainer(
             model=model,
             args=LrecConfig(str(place), **TRAINING),
@@ -174,10 +180,11 @@ def full_row() -> dict:
 
 def measure(label: Label) -> dict:
     """The row, written to its file too."""
-    from lrec import checkpoint, load, machine
+    from lrec import checkpoint, load, lock, machine
 
     load.quiet()
-    found = our_row(label) if label.own else peer_row(label) if label.peer else full_row()
+    with lock.held(label.place):
+        found = our_row(label) if label.own else peer_row(label) if label.peer else full_row()
     stamp = {"machine": machine.about(), "versions": machine.versions(), "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}"}
     row = {"method": label.text} | found | stamp
     label.place.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,8 @@ FULL = "full precision"
 TEST = {"dataset": "wikipedia:test", "num_samples": 24, "max_length": 512}
 TRAIN = {"dataset": "wikipedia:train", "num_samples": 128, "max_length": 256}
 SEED = 0
-LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+# On every linear that is quantized.
+LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
 # The loss, rate and schedule are `lrec train`'s own defaults: KL(teacher || student), 1e-3, cosine.
 TRAINING = {
     "max_steps": TRAIN["num_samples"],

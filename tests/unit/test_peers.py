@@ -94,7 +94,7 @@ def test_a_peer_stands_beside_the_best_of_ours_that_takes_no_more_bytes():
 def test_finished_rows_become_table_json_and_picture_and_a_failure_says_why(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     program = tmp_path / "python"
-    program.write_text('#!/bin/sh\necho "ModuleNotFoundError: No module named \'hqq\', asked $3"\nexit 1\n')
+    program.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'hqq', asked $3\"\nexit 1\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     for number, label in enumerate(rows.labels()):
@@ -102,7 +102,7 @@ def test_finished_rows_become_table_json_and_picture_and_a_failure_says_why(tmp_
             label.place.mkdir(parents=True)
             label.row.write_text(json.dumps(row(label.text, 80 + number, 1 / (1 + number))))
     (tmp_path / "data/results").mkdir(parents=True)
-    assert __main__.main() == 1
+    assert __main__.main([]) == 1
     told = capsys.readouterr().out
     found = json.loads((tmp_path / __main__.RESULTS).read_text())["rows"]
     assert [made["method"] for made in found] == [label.text for label in rows.labels()]
