@@ -43,4 +43,6 @@ def load(folder: Path, dtype):
     """See `peers`."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu")
+    (saved,) = folder.glob("*/")  # a folder of its own, named after model and scheme
+    # Its own product for CPUs forces float16, which a CPU multiplies slowest of all; scales stay the numbers they are.
+    return AutoModelForCausalLM.from_pretrained(saved, dtype=dtype, device_map="cpu").to(dtype)
