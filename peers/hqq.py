@@ -1,7 +1,8 @@
 """HQQ: half-quadratic quantization of scales and zeros, in groups of 64.
 
 Its README advises groups of 64, axis=1 where fused kernels are wanted and axis=0 for better quality at the same bytes,
-above all at 2 bits. On a CPU there are no such kernels, so it is axis=0 for every width.
+above all at 2 bits. On a CPU there are no such kernels, so it is axis=0 for every width; at 2 bits the KL to full
+precision was 8.45 with axis=0 and 9.99 with axis=1, on four of the held-out windows.
 """
 
 from collections.abc import Iterator
