@@ -97,7 +97,9 @@ def test_finished_rows_become_table_json_and_picture_and_a_failure_says_why(tmp_
     program.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'hqq', asked $3\"\nexit 1\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    for number, label in enumerate(rows.labels()):
+    some = [label for label in rows.labels() if re.match("full|hqq:2|quanto|lrec:4", label.text)]
+    monkeypatch.setattr(__main__, "labels", lambda: some)
+    for number, label in enumerate(some):
         if not label.absent and label.text != "hqq:2":
             label.place.mkdir(parents=True)
             label.row.write_text(json.dumps(row(label.text, 80 + number, 1 / (1 + number))))
@@ -105,10 +107,10 @@ def test_finished_rows_become_table_json_and_picture_and_a_failure_says_why(tmp_
     assert __main__.main([]) == 1
     told = capsys.readouterr().out
     found = json.loads((tmp_path / __main__.RESULTS).read_text())["rows"]
-    assert [made["method"] for made in found] == [label.text for label in rows.labels()]
+    assert [made["method"] for made in found] == [label.text for label in some]
     errors = {made["method"]: made["error"] for made in found if "error" in made}
-    assert set(errors) == {"bitsandbytes:2", "bitsandbytes:3", "quanto:3", "hqq:2"}
+    assert set(errors) == {"quanto:3", "hqq:2"}
     assert errors["hqq:2"].startswith("ModuleNotFoundError: No module named 'hqq', asked hqq:2 (exit code 1")
     assert all(error in told for error in errors.values())
     svg = (tmp_path / "runs/peers/quality.svg").read_text()
-    assert "lrec:4:group_size=128" in svg and "auto_round:2:lora_r=16" in svg and "hqq:2<" not in svg
+    assert "lrec:4:group_size=128" in svg and "quanto:2:lora_r=16" in svg and "hqq:2<" not in svg
