@@ -1,6 +1,7 @@
 # make demo    quantize, correct and measure a real 135M model, from a fresh clone
 # make test    all tests that need no GPU
 # make readers exports and imports checked by the tools they are for: llama.cpp (built once, ten minutes), hqq ...
+# make peers   HQQ, AutoRound, optimum-quanto and bitsandbytes beside lrec: same model, text and measures (hours)
 # make fuzz    a minute of coverage-guided fuzzing of what reads manifests and caches (atheris; FUZZ_SECONDS=60)
 # make lint    ruff
 # make gpu     GPU tests, then speed into data/results; says so and stops where there is no NVIDIA GPU
@@ -18,7 +19,7 @@ NATIVE := $(wildcard lrec/kernels/native/*.cpp lrec/kernels/native/*.h)
 LAUNCH = $(PYTHON) -m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $(CORES)
 
-.PHONY: demo test readers fuzz lint gpu clean
+.PHONY: demo test readers peers fuzz lint gpu clean
 .SILENT:
 
 demo: $(READY)
@@ -42,6 +43,19 @@ readers: $(READY) .readers/installed
 	CMAKE_BUILD_PARALLEL_LEVEL=$(CORES) CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O1" \
 		$(PYTHON) -m pip install -qq --no-deps --target .readers llama-cpp-python==0.3.36 diskcache==5.6.3 \
 		hqq==0.2.8.post1 einops==0.8.2 termcolor==3.3.0
+	touch $@
+
+# Goes on where it stopped; what it makes lies in runs/peers, and its table in data/results/peers_smollm2.json.
+peers: .peers/installed
+	.peers/bin/python data/smollm2.py
+	.peers/bin/python data/wikipedia.py
+	.peers/bin/python -m peers
+
+.peers/installed: peers/requirements.lock requirements.lock pyproject.toml setup.py $(NATIVE)
+	echo "making .peers from peers/requirements.lock (once, a few minutes)"
+	python3 -m venv .peers
+	.peers/bin/pip install -qq -r peers/requirements.lock
+	.peers/bin/pip install -qq --no-deps --no-build-isolation -e .
 	touch $@
 
 fuzz: $(READY) .fuzz/installed
@@ -69,8 +83,8 @@ gpu: $(READY)
 	fi
 
 clean:
-	rm -rf .venv .readers .fuzz build *.egg-info lrec/kernels/native/*.so lrec/kernels/native/build.log
-	find lrec tests data recipes -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv .readers .peers .fuzz build *.egg-info lrec/kernels/native/*.so lrec/kernels/native/build.log
+	find lrec peers tests data recipes -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/locked: requirements.lock
 	echo "making .venv from requirements.lock (once, a few minutes)"
