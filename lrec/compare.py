@@ -106,9 +106,9 @@ class Compare(Text, Place):
         """What all entries that are trained have in common; None if no tokens are given for it.
 
         Raises ValueError for tokens that are no whole number of windows."""
-        length = self.max_length if self.training_length is None else self.training_length
         if self.training_tokens is None:
             return None
+        length = self.max_length if self.training_length is None else self.training_length
         if length < 2 or self.training_tokens < 1 or self.training_tokens % length:
             near = max(1, round(self.training_tokens / max(length, 2))) * length
             raise ValueError(
@@ -182,12 +182,17 @@ class Compare(Text, Place):
                 found = {"error": f"{type(error).__name__}: {error}"}
             add(entry.label, entry.settings, found)
             if "error" not in found and not self.keep_models:
-                for stage in STAGES:
-                    apart.remove(self.place(stage, entry))
+                self.remove(entry, todo[todo.index(entry) + 1 :])
+
+    def remove(self, entry: Entry, coming: list[Entry]) -> None:
+        """Removes what was made of an entry, but for what those that are coming are trained from."""
+        for stage in STAGES:
+            if stage != "packed" or entry.base not in [other.base for other in coming]:
+                apart.remove(self.place(stage, entry))
 
     def place(self, stage: str, entry: Entry) -> Path:
         """The directory of a stage of an entry."""
-        return Path(self.output_dir) / stage / entry.folder
+        return Path(self.output_dir) / stage / (entry.base if stage == "packed" else entry).folder
 
     def result(self, entry: Entry, ids: Tensor, teacher: States) -> dict:
         """Makes what there is to make of an entry and evaluates it: quality, size, seconds, peak bytes."""

@@ -41,6 +41,16 @@ class Entry:
         return f"{re.sub(r'[^A-Za-z0-9=_-]+', '_', self.label)[:80]}-{digest[:8]}"
 
     @property
+    def base(self) -> "Entry":
+        """What is quantized, the same for all entries that differ in training alone."""
+        if self.training is None:
+            return self
+        method, bits, more = parted(self.label)
+        kept = [part for part in more if part.partition("=")[0].replace("-", "_") in self.given]
+        settings = {name: value for name, value in self.settings.items() if name != "training"}
+        return Entry(":".join([method, *([] if bits is None else [bits]), *kept]), self.given, settings)
+
+    @property
     def adapted(self) -> bool:
         """Whether adapters are trained."""
         return self.training is not None and "adapters" in trained.kinds_of(self.settings["training"]["train"])
@@ -159,7 +169,7 @@ def layouts(bits: int, sides: Sides) -> list[str]:
     of their own; 8-bit scales and zeros; 8-bit scales and zeros of groups of 128 and adapters; groups of 128 and more
     bits for the layers that need them most.
 
-    Adapters are of rank 22 to 24 where sides are 4096, and of far less where they are short.
+    The ranks are 22 and 25 in Llama-7B, and 2 and 3 where sides are 576, as an adapter costs more there.
     """
     room = grid_bits(sides, 64, 16 + bits)
     rank = {each: paid_rank(sides, room - grid_bits(sides, 128, each)) for each in (16 + bits, 8 + 8)}

@@ -118,10 +118,9 @@ def test_rows_are_those_of_quantize_and_evaluate(compare, label, tmp_path, capsy
 
 @pytest.mark.parametrize("label", LEARNED)
 def test_a_trained_row_is_of_what_a_user_would_keep(learned, label, capsys):
-    row, made = rows(learned)[label], Path(learned.output_dir)
-    folder = read_entry(label, 0, LESSONS).folder
-    adapter, adapted = made / "trained" / folder, label == ADAPTED
-    kept = ["--model", str(made / ("packed" if adapted else "folded") / folder)]
+    row, entry, adapted = rows(learned)[label], read_entry(label, 0, LESSONS), label == ADAPTED
+    adapter = learned.place("trained", entry)
+    kept = ["--model", str(learned.place("packed" if adapted else "folded", entry))]
     kept += ["--adapter", str(adapter)] if adapted else []
     text = ["--dataset", learned.dataset, "--num_samples", "8", "--max_length", "32"]
     capsys.readouterr()
@@ -143,8 +142,8 @@ def test_all_learn_once_from_the_windows_that_were_cached_once(learned):
     (cache,) = (path for path in made.glob("teacher_*") if path.is_dir())
     assert checkpoint.read_json(cache / checkpoint.MANIFEST)["num_windows"] == 4
     for label in LEARNED:
-        stamp = made / "trained" / read_entry(label, 0, LESSONS).folder / checkpoint.ADAPTER_STAMP
-        told = checkpoint.read_json(stamp)
+        adapter = learned.place("trained", read_entry(label, 0, LESSONS))
+        told = checkpoint.read_json(adapter / checkpoint.ADAPTER_STAMP)
         assert told["num_steps"] == 4 and told["teacher"] == str(cache) and told["dataset"] == learned.dataset
 
 
@@ -160,6 +159,23 @@ def test_a_trained_row_is_taken_up_only_for_the_same_training(learned):
     assert learned.run()["failed"] == 0
     with pytest.raises(ValueError, match=r"holds results for dataset = .*remove it"):
         dataclasses.replace(learned, dataset="other.txt").run()
+
+
+def test_what_differs_in_training_alone_is_quantized_once(learned, tmp_path, monkeypatch):
+    base, started = "rtn:2:group_size=32", []
+
+    def count(command, **kwargs):
+        started.append(command[command.index(apart.CHILD) + 1])
+        return run_here(command, **kwargs)
+
+    monkeypatch.setattr(apart.subprocess, "run", count)
+    changes = {"methods": f"{base}:train=scales,{base}", "output_dir": str(tmp_path / "C"), "keep_models": False}
+    found = dataclasses.replace(learned, **changes)
+    assert found.run()["failed"] == 0 and started == ["cache", "quantize", "train", "export"]
+    first, second = (rows(found)[label] for label in labels(found.methods))
+    assert first["kl_quantized"] == second["kl"] and first["total_bytes"] == second["total_bytes"]
+    assert not [*(tmp_path / "C").glob("*/rtn*")]
+    assert read_entry(LEARNED[0], 0, LESSONS).base == read_entry(LEARNED[0].partition(":train")[0], 0)
 
 
 def test_a_method_that_fails_is_a_row_that_says_why(compare):
@@ -219,8 +235,8 @@ def test_a_comparison_that_cannot_train_is_refused_before_anything_runs(learned)
 
 def test_layouts_are_six_entries_of_the_same_bytes():
     sides = shapes.linear_sides("llama-7b")
-    found = expand("layouts:2:seed=1", lambda: sides)
-    assert found == [f"{label}:seed=1" for label in layouts(2, sides)] and len(set(found)) == 6
+    found = expand("layouts:2:weight_decay=0.1", lambda: sides)
+    assert found == [f"{label}:weight_decay=0.1" for label in layouts(2, sides)] and len(set(found)) == 6
     assert labels(",".join(found)) == found
     # algorithms.md counts rank 22 in 16 bits, and that 2.28 bits per weight are met.
     entries = [read_entry(label, 0, LESSONS) for label in layouts(2, sides)]
