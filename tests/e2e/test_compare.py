@@ -173,7 +173,7 @@ def test_what_differs_in_training_alone_is_quantized_once(learned, tmp_path, mon
     found = dataclasses.replace(learned, **changes)
     assert found.run()["failed"] == 0 and started == ["cache", "quantize", "train", "export"]
     first, second = (rows(found)[label] for label in labels(found.methods))
-    assert first["kl_quantized"] == second["kl"] and first["total_bytes"] == second["total_bytes"]
+    assert first["kl_quantized"] == second["kl"]
     assert not [*(tmp_path / "C").glob("*/rtn*")]
     assert read_entry(LEARNED[0], 0, LESSONS).base == read_entry(LEARNED[0].partition(":train")[0], 0)
 
