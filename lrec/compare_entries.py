@@ -190,9 +190,9 @@ def grid_bits(sides: Sides, group_size: int, bits: int) -> int:
     return sum(N * groups(K, group_size) * bits for N, K in sides.values())
 
 
-def paid_rank(sides: Sides, room: int, factor_bits: int = 16) -> int:
-    """The largest rank, 1 or more, whose adapters fit into so many bits."""
-    return max(1, room // sum((N + K) * factor_bits for N, K in sides.values()))
+def paid_rank(sides: Sides, room: int) -> int:
+    """The largest rank, 1 or more, whose adapters in bfloat16 fit into so many bits."""
+    return max(1, room // sum(16 * (N + K) for N, K in sides.values()))
 
 
 LISTS: dict[str, Callable[[int, Sides], list[str]]] = {"layouts": layouts}
