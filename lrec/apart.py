@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lrec import checkpoint, foreign
+from lrec import assembly, checkpoint, foreign
 
 # In a process that ends with its parent, so that no orphan writes where a later call goes on.
 CHILD = """
@@ -47,9 +47,9 @@ def run(verb: str, settings: dict[str, object], output_dir: Path) -> dict:
 
 
 def goes_on(verb: str, output_dir: Path) -> bool:
-    """Whether a verb goes on with what an interrupted run of it left; of a quantization that was finished, but not
-    reported, neither seconds nor bytes are known."""
-    return verb == "cache" or (verb == "quantize" and not (output_dir / checkpoint.MANIFEST).exists())
+    """Whether a verb goes on with what an interrupted run of it left. Quantizing does from its first note of progress
+    to its last; of one that was finished, but not reported, neither seconds nor bytes are known."""
+    return verb == "cache" or (verb == "quantize" and (output_dir / assembly.PROGRESS).exists())
 
 
 def remove(output_dir: Path) -> None:
