@@ -58,7 +58,7 @@ class Compare(Text, Place):
         metadata={
             "help": "entries METHOD[:BITS][:setting=value...] parted by commas: rtn:2,gptq:2:group_size=128,nf4; with "
             "train=scales, adapters ... (and settings of `lrec train`) measured after training; layouts:2 (or 3, 4) "
-            "stands for six layouts of about one size, all trained"
+            "stands for layouts of about one size, all trained"
         }
     )
     test_dataset: str = field(metadata={"help": "held-out text, named as --dataset is"})

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from lrec import logbook, options, registry, trained
+from lrec import logbook, lora_bits, options, registry, trained
 from lrec.blocks import PassSettings
 from lrec.formats.uniform import groups
 from lrec.learning import Learning
@@ -137,7 +137,9 @@ def trained_entry(label: str, method: str, given: dict, init_rank: int, training
     *_, learning, config = options.fill(TRAINER | given | {"output_dir": "unused"}, *parts)
     kinds = trained.kinds_of(learning.train)
     starts = "adapters" in kinds and learning.lora_init == "closed_form"
-    given = {"init_rank": learning.lora_r if starts else init_rank} | given
+    # Where no rank is named, that of the pass holds, or the ranks that it allocates up to that.
+    rank = learning.lora_r if starts else init_rank
+    given = ({} if rank is None else {"init_rank": rank}) | given
     of_training = {*options.field_types(Learning), *options.field_types(LrecConfig)}
     of_quantizing = {name for part in parts[:3] for name in options.field_types(part)}
     before = {name: value for name, value in given.items() if name in of_quantizing}
@@ -151,6 +153,7 @@ def trained_entry(label: str, method: str, given: dict, init_rank: int, training
 def check_rank(entry: Entry, sides: Sides) -> None:
     """Raises ValueError for adapters of a rank that is larger than a layer they are put on."""
     targets, rank = (entry.settings["training"][name] for name in ("lora_target_modules", "lora_r"))
+    rank = rank or 0  # none: the pass says which, and checks it
     reached = [name for name in sides if targets == "all-linear" or name.rpartition(".")[2] in targets.split(",")]
     small = [f"{name} {sides[name]}" for name in reached if rank > min(sides[name])]
     if small:
@@ -164,23 +167,24 @@ WIDTHS = ("2", "3", "4")
 
 
 def layouts(bits: int, sides: Sides) -> list[str]:
-    """Six ways to spend the bytes that 16-bit scales of groups of 64 take at this width, each with what it offers to
-    train: those scales; groups of 128 and adapters of the rank that the rest pays; rows without groups and outliers
-    of their own; 8-bit scales and zeros; 8-bit scales and zeros of groups of 128 and adapters; groups of 128 and more
-    bits for the layers that need them most.
+    """Six ways, one of them with two kinds of adapters, to spend the bytes that 16-bit scales of groups of 64 take at
+    this width, each with what it offers to train: those scales; groups of 128 and adapters of the rank that the rest
+    pays, in bfloat16 or int8; rows without groups and outliers of their own; 8-bit scales and zeros; 8-bit scales and
+    zeros of groups of 128 and int8 adapters; groups of 128 and more bits for the layers that need them most.
 
-    The ranks are 22 and 25 in Llama-7B, and 2 and 3 where sides are 576, as an adapter costs more there.
+    The ranks are 22, 45 and 50 in Llama-7B, and 2, 5 and 6 where sides are 576, as an adapter costs more there.
     """
     room = grid_bits(sides, 64, 16 + bits)
-    rank = {each: paid_rank(sides, room - grid_bits(sides, 128, each)) for each in (16 + bits, 8 + 8)}
+    plain, eight = (room - grid_bits(sides, 128, each) for each in (16 + bits, 8 + 8))
     per_weight = bits + room / sum(N * K for N, K in sides.values())
     adapters = "correct_stream=true:train=adapters:lora_r"
     return [
         f"gptq:{bits}:group_size=64:scale_bits=16:train=scales",
-        f"gptq:{bits}:group_size=128:{adapters}={rank[16 + bits]}",
+        f"gptq:{bits}:group_size=128:{adapters}={paid_rank(sides, plain, 16)}",
+        f"gptq:{bits}:group_size=128:{adapters}={paid_rank(sides, plain, 8)}:lora_bits=8",
         f"icquant:{bits}:train=scales",
         f"gptq:{bits}:group_size=64:zero_point=float:scale_bits=8:train=scales,zeros",
-        f"gptq:{bits}:group_size=128:zero_point=float:scale_bits=8:{adapters}={rank[8 + 8]}",
+        f"gptq:{bits}:group_size=128:zero_point=float:scale_bits=8:{adapters}={paid_rank(sides, eight, 8)}:lora_bits=8",
         f"gptq:{bits}:group_size=128:target_bpw={per_weight:.4f}:scale_bits=16:train=scales",
     ]
 
@@ -190,9 +194,9 @@ def grid_bits(sides: Sides, group_size: int, bits: int) -> int:
     return sum(N * groups(K, group_size) * bits for N, K in sides.values())
 
 
-def paid_rank(sides: Sides, room: int) -> int:
-    """The largest rank, 1 or more, whose adapters in bfloat16 fit into so many bits."""
-    return max(1, room // sum(16 * (N + K) for N, K in sides.values()))
+def paid_rank(sides: Sides, room: int, width: int) -> int:
+    """The largest rank, 1 or more, whose adapters, stored in `width` bits, fit into so many bits."""
+    return max(1, room // sum(8 * lora_bits.pair_bytes(shape, 1, width) for shape in sides.values()))
 
 
 LISTS: dict[str, Callable[[int, Sides], list[str]]] = {"layouts": layouts}

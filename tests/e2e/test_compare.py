@@ -237,16 +237,18 @@ def test_a_comparison_that_cannot_train_is_refused_before_anything_runs(learned)
     refused("'layouts:5': layouts needs a width; allowed: layouts:2", methods="layouts:5")
 
 
-def test_layouts_are_six_entries_of_the_same_bytes():
+def test_layouts_are_entries_of_the_same_bytes():
     sides = shapes.linear_sides("llama-7b")
     found = expand("layouts:2:weight_decay=0.1", lambda: sides)
-    assert found == [f"{label}:weight_decay=0.1" for label in layouts(2, sides)] and len(set(found)) == 6
+    assert found == [f"{label}:weight_decay=0.1" for label in layouts(2, sides)] and len(set(found)) == 7
     assert labels(",".join(found)) == found
-    # algorithms.md counts rank 22 in 16 bits, and that 2.28 bits per weight are met.
+    # algorithms.md counts rank 22 in 16 bits or 45 in 8, and that 2.28 bits per weight are met.
     entries = [read_entry(label, 0, LESSONS) for label in layouts(2, sides)]
     ranks = [entry.settings["training"]["lora_r"] for entry in entries if entry.adapted]
-    assert ranks == [22, 25] and [entry.given["init_rank"] for entry in entries if entry.adapted] == ranks
+    assert ranks == [22, 45, 50] and [entry.given["init_rank"] for entry in entries if entry.adapted] == ranks
     assert entries[-1].settings["target_bpw"] == pytest.approx(2.2812)
+    allocated = "gptq:2:target_bpw=2.5:init_rank=32:allocate_ranks=true:train=adapters:lora_bits=8"
+    assert read_entry(allocated, 0, LESSONS).given["init_rank"] == "32"
     small = {"q_proj": (32, 64)}
     check_rank(read_entry(layouts(2, small)[1], 0, LESSONS), small)
 
