@@ -1,77 +1,52 @@
 """Methods side by side on one model and text: bits, bytes, quality on held-out text, seconds and peak memory.
 
     lrec compare --model smollm2 --dataset wikipedia:train --test_dataset wikipedia:test --output_dir C \\
-        --methods rtn:2,gptq:2:group_size=128,nf4,icquant:2:inner=kmeans
+        --methods rtn:2,gptq:2:group_size=128,nf4,gptq:2:train=scales --training_tokens 16384
 
-An entry is METHOD[:BITS][:setting=value...], with any setting of the method, of the pass or of preprocessing; commas
-part entries.
-Each is quantized by `lrec quantize` in a process of its own, so that time and peak memory are that method's, and
-measured here against the full-precision model, whose final hidden states are kept in memory. `compare.json` is written
-after every method, and calling again goes on from it: a finished row is run again only if its settings or lrec's
-version changed; another model, text or precision is refused; rows that are not named any more stay. A method that
-fails is a row that says why, and is tried again by the next call.
+How entries are written: `lrec.compare_entries`. Each is quantized by `lrec quantize` in a process of its own, so that
+time and peak memory are that method's, and measured here against the full-precision model, whose final hidden states
+are kept in memory. One that is trained is measured before and after: `lrec train` learns from what `lrec cache` has
+kept of the full-precision model, the same windows of the dataset for all, and what folds into the packed weights
+exactly is folded, so that bits and bytes are what a user would keep. Adapters count beside the weights.
+
+`compare.json` is written after every method, and calling again goes on from it: a finished row is run again only if
+its settings or lrec's version changed; another model, text or precision is refused; rows that are not named any more
+stay. A method that fails is a row that says why, and is tried again by the next call.
 """
 
-import hashlib
-import json
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 from torch import Tensor
 
 from lrec import (
     __version__,
+    apart,
     checkpoint,
     documents,
     evaluate,
-    foreign,
     load,
     lock,
     machine,
-    options,
     picture,
-    registry,
+    shapes,
     text,
 )
-from lrec.blocks import PassSettings
+from lrec.compare_entries import Entry, check_rank, expand, labels, read_entry
 from lrec.evaluate import States
 from lrec.options import setting
 from lrec.progress import Progress
-from lrec.restore import Preprocess
 from lrec.runs import Place, Text, total_bytes
 
 RESULTS = "compare.json"
 FULL = "full precision"
+# What training adds is shown if anything was trained; `kl_quantized` is the KL before it.
+TRAINING = ("kl_quantized", "training_tokens", "training_seconds")
 COLUMNS = ("method", "bits_per_weight", "total_bytes", "perplexity", "kl", "top1_agreement", "seconds", "peak_bytes")
-# `lrec quantize` in a process that ends with its parent, so that no orphan writes where a later call goes on.
-QUANTIZE = """
-import ctypes, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-from lrec.cli import main
-sys.exit(main())
-"""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One method of the list: what it is called there, the settings given, and all settings that these come to."""
-
-    label: str
-    given: dict[str, object]
-    settings: dict[str, object]
-
-    @property
-    def folder(self) -> str:
-        """A file name that no entry with other settings has."""
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
-        return f"{re.sub(r'[^A-Za-z0-9=_-]+', '_', self.label)[:80]}-{digest[:8]}"
+STAGES = ("packed", "trained", "folded")  # folders of what is made of an entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +55,26 @@ class Compare(Text, Place):
 
     model: str = field(metadata={"help": "full-precision model: local directory, Hub id, or a data/ script (smollm2)"})
     methods: str = field(
-        metadata={"help": "entries METHOD[:BITS][:setting=value...] parted by commas: rtn:2,gptq:2:group_size=128,nf4"}
+        metadata={
+            "help": "entries METHOD[:BITS][:setting=value...] parted by commas: rtn:2,gptq:2:group_size=128,nf4; with "
+            "train=scales, adapters ... (and settings of `lrec train`) measured after training; layouts:2 (or 3, 4) "
+            "stands for layouts of about one size, all trained"
+        }
     )
     test_dataset: str = field(metadata={"help": "held-out text, named as --dataset is"})
     output_dir: str = field(metadata={"help": "directory of compare.json and the picture; calling again goes on there"})
     num_samples: int | None = setting(32, "calibration windows")
     test_samples: int | None = setting(24, "held-out windows of max_length, spaced evenly over the text")
-    seed: int = setting(0, "of the choice of calibration windows")
-    init_rank: int = setting(0, "rank of the adapter factors to store with each model; they are not compared")
-    keep_models: bool = setting(False, "keep the packed models, in output_dir/packed")
+    training_tokens: int | None = setting(
+        None, "tokens of the dataset that entries with train= learn from, once, the same for all"
+    )
+    training_length: int | None = setting(None, "tokens in a training window (none: max_length)")
+    training_dtype: str | None = setting(None, "precision of training (none: dtype)")
+    seed: int = setting(0, "of the choice of calibration and training windows and of their order")
+    init_rank: int = setting(
+        0, "rank of the adapter factors to store with each model, where no adapters start from them"
+    )
+    keep_models: bool = setting(False, "keep what was made of each entry, in output_dir/packed, trained and folded")
 
     @lock.alone
     def run(self) -> dict:
@@ -97,7 +83,7 @@ class Compare(Text, Place):
         Raises ValueError before anything runs for an entry that cannot be read, with the nearest right name, and for
         results in output_dir that are of another model, text or precision.
         """
-        entries = {label: read_entry(label, self.init_rank) for label in labels(self.methods)}
+        entries = self.entries()
         path = Path(self.output_dir) / RESULTS
         rows = self.finished(path, entries)
         todo = [entry for entry in entries.values() if entry.label not in rows]
@@ -106,10 +92,37 @@ class Compare(Text, Place):
             self.measure(todo, rows, path)
         return self.table(entries, rows, path)
 
+    def entries(self) -> dict[str, Entry]:
+        """What `methods` names, by label. Raises ValueError as `run` does."""
+        training, sides = self.training(), cache(lambda: shapes.linear_sides(self.model))
+        named = [entry for label in labels(self.methods) for entry in expand(label, sides)]
+        found = {label: read_entry(label, self.init_rank, training) for label in named}
+        for entry in found.values():
+            if entry.adapted:
+                check_rank(entry, sides())
+        return found
+
+    def training(self) -> dict | None:
+        """What all entries that are trained have in common; None if no tokens are given for it.
+
+        Raises ValueError for tokens that are no whole number of windows."""
+        if self.training_tokens is None:
+            return None
+        length = self.max_length if self.training_length is None else self.training_length
+        if length < 2 or self.training_tokens < 1 or self.training_tokens % length:
+            near = max(1, round(self.training_tokens / max(length, 2))) * length
+            raise ValueError(
+                f"training_tokens = {self.training_tokens} is no whole number of windows of {length} tokens "
+                f"(--training_length, 2 or more); the nearest is {near}"
+            )
+        dtype = load.dtype_of(self.training_dtype or self.dtype, load.device_of(self.device))
+        return {"tokens": self.training_tokens, "length": length, "dtype": str(dtype).removeprefix("torch.")}
+
     def table(self, entries: Collection[str], rows: dict[str, dict], path: Path) -> dict:
         """What is told of the rows, those of this call first; draws the picture beside the results."""
         order = [FULL, *entries, *(label for label in rows if label not in entries and label != FULL)]
-        shown = [{name: rows[label].get(name) for name in COLUMNS} for label in order]
+        columns = COLUMNS + (TRAINING if any("training_tokens" in rows[label] for label in order) else ())
+        shown = [{name: rows[label].get(name) for name in columns} for label in order]
         errors = [{"method": label, "error": rows[label]["error"]} for label in order if "error" in rows[label]]
         about = {"results": str(path), "picture": picture.draw(shown[1:], path.parent), "failed": len(errors)}
         return about | {"rows": shown, "errors": errors}
@@ -151,6 +164,8 @@ class Compare(Text, Place):
             rows[label] = {"method": label, **found, **stamp, **made_on}
             checkpoint.write_json(path, {"settings": common, "rows": list(rows.values())})
 
+        if any(entry.training for entry in todo):
+            self.teacher_cache()
         full = load.model(self.model, None, self.device, self.dtype)
         teacher = evaluate.states(full, ids, desc=FULL).kept()
         del full
@@ -161,76 +176,75 @@ class Compare(Text, Place):
         told = Progress(todo, "compare", "method")
         for entry in told:
             told.set_postfix_str(entry.label)
-            packed = path.parent / "packed" / entry.folder
             try:
-                found = self.result(entry, packed, ids, teacher)
+                found = self.result(entry, ids, teacher)
             except (ValueError, RuntimeError, MemoryError) as error:
                 found = {"error": f"{type(error).__name__}: {error}"}
             add(entry.label, entry.settings, found)
             if "error" not in found and not self.keep_models:
-                shutil.rmtree(packed)
-                packed.with_suffix(".json").unlink()
-                packed.with_suffix(".log").unlink()
+                self.remove(entry, todo[todo.index(entry) + 1 :])
 
-    def result(self, entry: Entry, packed: Path, ids: Tensor, teacher: States) -> dict:
-        """Quantizes one entry into `packed` and evaluates it: quality, size, seconds, peak bytes."""
-        report = self.quantize(entry, packed)
-        found = {name: report[name] for name in ("bits_per_weight", "seconds", "peak_bytes")}
-        model = load.model(str(packed), None, self.device, self.dtype)
-        quality = evaluate.quality(evaluate.states(model, ids, desc=entry.label), ids, teacher)
-        return found | {"total_bytes": total_bytes(str(packed), None)} | quality
+    def remove(self, entry: Entry, coming: list[Entry]) -> None:
+        """Removes what was made of an entry, but for what those that are coming are trained from."""
+        for stage in STAGES:
+            if stage != "packed" or entry.base not in [other.base for other in coming]:
+                apart.remove(self.place(stage, entry))
 
-    def quantize(self, entry: Entry, packed: Path) -> dict:
-        """The report of `lrec quantize`, run in a process of its own; it goes on where an earlier call stopped.
+    def place(self, stage: str, entry: Entry) -> Path:
+        """The directory of a stage of an entry."""
+        return Path(self.output_dir) / stage / (entry.base if stage == "packed" else entry).folder
 
-        Raises ValueError with the last line that the process said, if it fails; all that it said is in a log.
-        """
-        told, log = packed.with_suffix(".json"), packed.with_suffix(".log")
-        if told.exists():
-            return checkpoint.read_json(told)
-        if (packed / checkpoint.MANIFEST).exists():
-            shutil.rmtree(packed)  # finished, but the call ended before it could note the seconds and bytes
+    def result(self, entry: Entry, ids: Tensor, teacher: States) -> dict:
+        """Makes what there is to make of an entry and evaluates it: quality, size, seconds, peak bytes."""
+        packed = self.place("packed", entry)
+        report = apart.run("quantize", self.shared() | entry.given, packed)
+        found = {name: report[name] for name in ("seconds", "peak_bytes")}
+        quantized = self.measured(packed, None, ids, teacher, entry.label)
+        if entry.training is None:
+            return found | quantized
+        report, adapter = self.train(entry), self.place("trained", entry)
+        if entry.folds:
+            folded = self.place("folded", entry)
+            apart.run("export", {"model": packed, "adapter": adapter, "format": "packed"}, folded)
+            packed, adapter = folded, None
+        before = {f"{name}_quantized": quantized[name] for name in ("bits_per_weight", "perplexity", "kl")}
+        about = {"training_tokens": self.training_tokens, "training_seconds": report["seconds"]}
+        about["training_kl"] = [[row["step"], row["kl"]] for row in report["history"] if "kl" in row]
+        return found | self.measured(packed, adapter, ids, teacher, entry.label) | before | about
+
+    def measured(self, model_dir: Path, adapter: Path | None, ids: Tensor, teacher: States, desc: str) -> dict:
+        """Quality and size of a packed model, with all that is stored of an adapter on it."""
+        names = str(model_dir), adapter and str(adapter)
+        model = load.model(*names, self.device, self.dtype)
+        quality = evaluate.quality(evaluate.states(model, ids, desc=desc), ids, teacher)
+        bits = evaluate.bits_per_weight(model, checkpoint.weights_bytes(adapter) if adapter else 0)
+        return {"bits_per_weight": bits, "total_bytes": total_bytes(*names)} | quality
+
+    def shared(self) -> dict:
+        """What the runs of all entries have in common."""
         names = ("model", "dataset", "num_samples", "max_length", "seed", "device", "dtype")
-        values = {name: getattr(self, name) for name in names} | entry.given | {"output_dir": packed}
-        flags = [f"--{name}={'none' if value is None else value}" for name, value in values.items()]
-        flags += ["--trust_remote_code"] if foreign.trusted() else []
-        command = [sys.executable, "-c", QUANTIZE, "quantize", "--json", *flags]
-        packed.parent.mkdir(exist_ok=True)
-        with log.open("w") as stderr:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
-        if done.returncode:
-            last = (log.read_text().strip().splitlines() or ["it said nothing"])[-1]
-            ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-            raise ValueError(f"{last} ({ended}; {log} tells more)")
-        report = json.loads(done.stdout)
-        checkpoint.write_json(told, report)
-        return report
+        return {name: getattr(self, name) for name in names}
 
+    def lessons(self) -> dict:
+        """`shared` with the windows that are trained on in the place of those for calibration."""
+        training = self.training()
+        return self.shared() | {
+            "num_samples": training["tokens"] // training["length"],
+            "max_length": training["length"],
+        }
 
-def labels(methods: str) -> list[str]:
-    """The entries of a list: commas part them, but not the rules of a bits_map, which are PATTERN=BITS."""
-    return re.split(r",(?!re:)(?=\w*(?:[:,]|$))", methods)
+    def teacher_cache(self) -> Path:
+        """What the full-precision model says of the training windows, made unless it is there."""
+        lessons = self.lessons()
+        directory = Path(self.output_dir) / f"teacher_{lessons['num_samples']}x{lessons['max_length']}"
+        apart.run("cache", lessons, directory)
+        return directory
 
-
-def read_entry(label: str, init_rank: int) -> Entry:
-    """METHOD[:BITS][:setting=value...] with every setting that it comes to.
-
-    Raises ValueError that begins with the entry, for an unknown method or setting and for a value that is refused.
-    """
-    head, *parts = re.split(r":(?=[\w-]+=)", label)
-    method, colon, bits = head.partition(":")
-    given = {"init_rank": init_rank} | ({"bits": bits} if colon else {})
-    for part in parts:
-        name, _, value = part.partition("=")
-        given[name.replace("-", "_")] = value
-    try:
-        *resolved, before = options.fill(given, registry.find("quantizers", method), PassSettings, Preprocess)
-    except ValueError as error:
-        raise ValueError(f"methods, {label!r}: {error}") from error
-    if before.preprocess != "none":
-        resolved.append(before)
-    settings = {name: value for part in resolved for name, value in asdict(part).items()}
-    return Entry(label, {"method": method} | given, {"method": method} | settings)
+    def train(self, entry: Entry) -> dict:
+        """The report of `lrec train` of an entry that has been quantized."""
+        from_cache = {"model": self.place("packed", entry), "teacher_cache": self.teacher_cache()}
+        settings = self.lessons() | from_cache | {"dtype": self.training()["dtype"]}
+        return apart.run("train", settings | entry.training, self.place("trained", entry))
 
 
 def stored_bits(directory: Path) -> float:

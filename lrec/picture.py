@@ -4,12 +4,14 @@ Drawn with matplotlib, which is the extra `plots`. A method's widths share a col
 its method's name, at the first place near it that covers no other label or point.
 """
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
 # Offsets of a label from its point, in points of type, the best first; the far ones get a line to the point.
 NEAR = [(7, 0), (-7, 0), (0, 7), (0, -7), (6, 6), (6, -6), (-6, 6), (-6, -6)]
 FAR = [(x, y) for y in (18, -18, 30, -30, 42, -42) for x in (14, -14, 40, -40)]
+LINE = 40  # characters of a label's line
 DOT = 5  # half the side of a point's square, in pixels
 
 
@@ -60,7 +62,7 @@ def add_labels(axes, points: list[dict]) -> None:
         tries = []
         for x, y in NEAR + FAR:
             note = axes.annotate(
-                row["method"],
+                broken(row["method"]),
                 place(row),
                 (x, y),
                 textcoords="offset points",
@@ -79,6 +81,16 @@ def add_labels(axes, points: list[dict]) -> None:
             if note is not best[2]:
                 note.remove()
         taken.append(best[3])
+
+
+def broken(name: str) -> str:
+    """A name in lines of about `LINE` characters, broken behind colons."""
+    lines = [""]
+    for part in re.split("(?<=:)", name):
+        if lines[-1] and len(lines[-1] + part) > LINE:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def text_box(note) -> tuple[float, ...]:

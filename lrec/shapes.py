@@ -180,3 +180,13 @@ def _values(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
     if like.ndim >= 2:
         return values.normal_(std=like.shape[-1] ** -0.5, generator=generator)
     return values.fill_(0 if name == "bias" else 1)
+
+
+def linear_sides(name: str) -> dict[str, tuple[int, int]]:
+    """(N, K) of each linear in the blocks of a model, by its full name; `name` as in `config_of`."""
+    blocks = anatomy.find_blocks(skeleton(config_of(name), torch.float32))
+    return {
+        f"{blocks.name(index)}.{inside}": (linear.out_features, linear.in_features)
+        for index, block in enumerate(blocks.modules)
+        for inside, linear in anatomy.linears(block).items()
+    }

@@ -138,32 +138,48 @@ class Outlier(Packed):
     def outliers(self, rows: slice = slice(None)) -> Tensor:
         """uint8 (n, K): 1 where a weight is an outlier."""
         start, stop, _ = rows.indices(self.shape[0])
-        n, K = max(0, stop - start), self.shape[1]
-        first, last = start * K // self.tile, -(-(start + n) * K // self.tile)
-        flat = self._positions(first, last) - start * K
-        flat = flat[(flat >= 0) & (flat < n * K)]
-        mask = torch.zeros(n, K, dtype=torch.uint8, device=self.qweight.device)
-        mask[flat // K, flat % K * self.stride % K] = 1
-        return mask
-
-    def _positions(self, first: int, last: int) -> Tensor:
-        """Places in the walk of the outliers in tiles first to last - 1, ascending."""
-        starts = self.starts[first : last + 1].long()
-        begin, end = int(starts[0]), int(starts[-1])
-        run, b = begin // 32, self.index_bits
-        words = self.index[run * b : -(-end // 32) * b]
-        symbols = unpack_codes(words, b, end - run * 32)[begin - run * 32 :]
-        placed = symbols != 2**b - 1
-        reach = torch.nn.functional.pad((symbols + placed).cumsum(0), (1, 0))
-        tile = torch.arange(first, last, device=starts.device)
-        # Where in the running sum each tile begins, so that its positions count from its own first weight.
-        origin = tile * self.tile - reach[starts[:-1] - begin] - 1
-        return (reach[1:] + origin.repeat_interleave(starts.diff()))[placed]
+        spacing = [self.shape[1], self.index_bits, self.tile, self.stride]
+        return outlier_mask(self.index, self.starts, start, max(start, stop), spacing)
 
     @property
     def index_bits_per_weight(self) -> float:
         """Stored bits that say where the outliers are, starts of tiles included, over the number of weights."""
         return 8 * sum(t.numel() * t.element_size() for t in (self.index, self.starts)) / math.prod(self.shape)
+
+
+@torch.library.custom_op("lrec::outlier_mask", mutates_args=())
+def outlier_mask(index: Tensor, starts: Tensor, start: int, stop: int, spacing: list[int]) -> Tensor:
+    """uint8 (n, K): 1 where one of rows start to stop - 1 has an outlier; `spacing` is [K, index_bits, tile, stride].
+
+    An op, since how many symbols those rows have is in the data, and fake tensors, on which memory is predicted, have
+    none: of these it gives the shape.
+    """
+    K, index_bits, tile, stride = spacing
+    n, (first, last) = stop - start, (start * K // tile, -(-stop * K // tile))
+    flat = _positions(index, starts[first : last + 1].long(), index_bits, tile) + (first * tile - start * K)
+    flat = flat[(flat >= 0) & (flat < n * K)]
+    mask = torch.zeros(n, K, dtype=torch.uint8, device=index.device)
+    mask[flat // K, flat % K * stride % K] = 1
+    return mask
+
+
+@outlier_mask.register_fake
+def _(index: Tensor, starts: Tensor, start: int, stop: int, spacing: list[int]) -> Tensor:
+    return index.new_empty((stop - start, spacing[0]), dtype=torch.uint8)
+
+
+def _positions(index: Tensor, starts: Tensor, index_bits: int, tile: int) -> Tensor:
+    """Places of the outliers, ascending, in the part of the walk whose tiles begin at the symbols `starts` (the last
+    entry is where they end), counted from its own first weight."""
+    begin, end = int(starts[0]), int(starts[-1])
+    run = begin // 32
+    words = index[run * index_bits : -(-end // 32) * index_bits]
+    symbols = unpack_codes(words, index_bits, end - run * 32)[begin - run * 32 :]
+    placed = symbols != 2**index_bits - 1
+    reach = torch.nn.functional.pad((symbols + placed).cumsum(0), (1, 0))
+    # Where in the running sum each tile begins, so that its positions count from its own first weight.
+    origin = torch.arange(len(starts) - 1, device=starts.device) * tile - reach[starts[:-1] - begin] - 1
+    return (reach[1:] + origin.repeat_interleave(starts.diff()))[placed]
 
 
 def span(scale: Tensor, base: Tensor, bits: int) -> Tensor:

@@ -28,6 +28,15 @@ def test_crowded_labels_do_not_overlap(tmp_path):
         assert picture.overlap(box, frame, boxes[:i] + boxes[i + 1 :]) == 0, points[i]
 
 
+def test_a_long_name_is_broken_behind_colons():
+    name = "gptq:2:group_size=128:zero_point=float:scale_bits=8:train=scales,zeros"
+    assert picture.broken(name).split("\n") == [
+        "gptq:2:group_size=128:zero_point=float:",
+        "scale_bits=8:train=scales,zeros",
+    ]
+    assert picture.broken("x" * 50) == "x" * 50
+
+
 def test_overlap_counts_pixels_outside_and_on_others():
     assert picture.overlap((0, 0, 10, 4), (0, 0, 20, 20), []) == 0
     assert picture.overlap((-3, 0, 7, 4), (0, 0, 20, 20), []) == 12
