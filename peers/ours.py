@@ -35,9 +35,9 @@ class Ours:
 
 
 ROWS = [
-    Ours("lrec:2", "--bits 2 --group_size 64", "--train scales,zeros --scales_learning_rate 2e-3"),
-    Ours("lrec:3", "--bits 3 --group_size 64", "--train scales,zeros --scales_learning_rate 1.5e-3"),
-    Ours("lrec:4", "--bits 4 --group_size 64", "--train scales,zeros --scales_learning_rate 8e-4"),
+    Ours("lrec:2", "--bits 2 --group_size 64", "--train scales,zeros --scales_learning_rate 1e-3"),
+    Ours("lrec:3", "--bits 3 --group_size 64", "--train scales,zeros --scales_learning_rate 5e-4"),
+    Ours("lrec:4", "--bits 4 --group_size 64", "--train scales,zeros --scales_learning_rate 3e-4"),
     # NF4 with double quantization takes fewer bytes than groups of 64.
-    Ours("lrec:4:group_size=128", "--bits 4 --group_size 128", "--train scales,zeros --scales_learning_rate 8e-4"),
+    Ours("lrec:4:group_size=128", "--bits 4 --group_size 128", "--train scales,zeros --scales_learning_rate 3e-4"),
 ]

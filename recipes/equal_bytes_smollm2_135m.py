@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct at fewer bytes than INT2.1 takes at 2 bits, and far nearer to the full model: no adapter at all.
+"""SmolLM2-135M-Instruct in fewer bytes than INT2.1 takes at 2 bits, and far nearer to the full model, without adapters.
 
     accelerate launch recipes/equal_bytes_smollm2_135m.py [--setting value ...]
 
