@@ -167,7 +167,7 @@ def test_a_killed_run_that_is_given_again_ends_as_a_straight_one(place, tmp_path
         return kind.at_work(killed)
 
     seconds = run_apart(job(straight))
-    kill = kill_child if count == 1 else kill_workers
+    kill = kill_child if count == 1 else partial(kill_workers, finished=lambda: kind.finished(killed))
     kills, met = kill_at_random(job(killed), seconds, at_work, kind.share, lambda: started(killed), kill)
     run_apart(job(killed))
     assert_same(straight, killed)

@@ -119,7 +119,7 @@ def test_a_script_in_the_working_folder_makes_a_dataset(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path[:])
     assert text.documents("mine") == ["split a"]
     assert text.documents("mine:b") == ["split b"]
-    with pytest.raises(ValueError, match="allowed: mine, wikipedia"):
+    with pytest.raises(ValueError, match="allowed: mine, unseen, wikipedia"):
         text.documents("shelf")
 
 
