@@ -13,6 +13,10 @@ In all three the uniform methods store scales and float zeros in 8 bits, and the
 be carried. With other methods adapters, scales and zeros learn, whichever there are. Widths are spread only where
 groups and grid are left as they are. Windows have the length that the run says; a method or recipe without such a
 setting keeps its own.
+
+Measured: SmolLM2-135M at 2 bits by recipes/lrec_smollm2_135m.py --effort quick, evaluations and export included, took
+15 min 35 s on one core of an AMD EPYC (2026-11-28) and came to a KL of 1.21 at 2.25 bits per weight. The others
+have not been timed.
 """
 
 import errno
