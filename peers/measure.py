@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,18 +31,18 @@ def once(folder: Path, make: Callable[[], dict | None]) -> dict:
 
 
 def lrec(command: str) -> dict:
-    """The report of a command line of lrec's. Raises ValueError with the last line it said, if it fails."""
-    words = [sys.executable, "-m", "lrec", *command.split(), "--json"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError((done.stderr.strip().splitlines() or [f"lrec {command}: exit code {done.returncode}"])[-1])
-    return json.loads(done.stdout)
+    """The report of a command line of lrec's, run in a process of its own, and only once: see `lrec.apart`."""
+    from lrec import apart, options
+
+    verb, *words = command.split()
+    settings = options.read_flags(words)
+    return apart.run(verb, settings, Path(settings.pop("output_dir")))
 
 
 def teacher_cache() -> Path:
     """The teacher's hidden states on the training windows, as `lrec cache` writes them."""
     folder = WORK / "teacher_cache"
-    once(folder, lambda: lrec(f"{CACHE} --output_dir {folder}"))
+    lrec(f"{CACHE} --output_dir {folder}")
     return folder
 
 
@@ -98,9 +97,9 @@ def adapted(label: Label, folder: Path) -> tuple[Path, dict]:
         from datasets import Dataset
         from peft import LoraConfig, get_peft_model
 
-        from lrec import text
+        from lrec import checkpoint, lora_bits, text
         from lrec.cache import TargetCache
-        from lrec.correction import halve, history
+        from lrec.correction import history
         from lrec.teacher import CachedTeacher
         from lrec.trainer import LrecConfig, LrecTrainer
 
@@ -120,7 +119,7 @@ def adapted(label: Label, folder: Path) -> tuple[Path, dict]:
         )
         trainer.train()
         trainer.save_model(str(place))
-        halve(place / "adapter_model.safetensors")
+        lora_bits.store(place / checkpoint.ADAPTER_WEIGHTS, 16)
         return {"history": history(trainer)}
 
     return place, once(place, train)
@@ -156,18 +155,17 @@ def our_row(label: Label) -> dict:
     from lrec import load, text
 
     commands = label.own.commands(str(label.place), str(teacher_cache()))
-    told = {}
-    for folder, command in commands.items():
-        told[Path(folder).name] = once(Path(folder), lambda command=command: lrec(command))
-    model = load.model(folder, None, "cpu", "float32")
+    told = {Path(folder).name: lrec(command) for folder, command in commands.items()}
+    folder = Path([*commands][-1])
+    model = load.model(str(folder), None, "cpu", "float32")
     found = {
         "commands": [f"lrec {command}" for command in commands.values()],
-        "quantize_s": told["base"]["wall_s"],
+        "quantize_s": told["base"]["seconds"],
         "training_tokens": TRAIN["num_samples"] * TRAIN["max_length"],
-        "train_s": told["trained"]["wall_s"],
+        "train_s": told["trained"]["seconds"],
         "history": told["trained"]["history"],
     }
-    return found | size(Path(folder), tensors(Path(folder)), quantized_weights(text.model_path(MODEL))) | quality(model)
+    return found | size(folder, tensors(folder), quantized_weights(text.model_path(MODEL))) | quality(model)
 
 
 def full_row() -> dict:

@@ -1,7 +1,9 @@
 """`make peers` without the peers: their files have what the driver asks of them, bytes are counted, and finished rows
 become the table, the JSON and the picture, with those that failed or that a peer does not have."""
 
+import ast
 import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -10,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import tiny_model
 
 from lrec import checkpoint
-from peers import PEERS, WIDTHS, __main__, ours, rows, sizes
+from peers import PEERS, WIDTHS, __main__, measure, ours, rows, sizes
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +34,26 @@ def test_a_peer_is_well_formed(name):
 def test_every_file_of_the_folder_is_a_peer_or_the_driver():
     files = {path.stem for path in (ROOT / "peers").glob("*.py")}
     assert files == {*PEERS, "__init__", "__main__", "measure", "ours", "rows", "sizes"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "peers").glob("*.py")), ids=lambda path: path.stem)
+def test_what_is_imported_of_lrec_inside_functions_is_there(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "lrec":
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                assert hasattr(module, name.name) or importlib.util.find_spec(f"{node.module}.{name.name}"), name.name
+
+
+def test_a_command_line_of_ours_runs_once_and_tells_its_report(tmp_path):
+    tiny_model(tmp_path / "M")
+    command = f"quantize --model {tmp_path / 'M'} --method rtn --bits 4 --group_size 32 --output_dir {tmp_path / 'Q'}"
+    told = measure.lrec(command)
+    written = (tmp_path / "Q" / checkpoint.MANIFEST).stat().st_mtime_ns
+    assert told["seconds"] > 0 and measure.lrec(command) == told
+    assert (tmp_path / "Q" / checkpoint.MANIFEST).stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="bits = 5 is not offered"):
+        measure.lrec(command.replace("--bits 4", "--bits 5").replace("/Q", "/R"))
 
 
 def test_every_peer_has_a_row_of_every_width_and_adapters_where_it_has_a_model():
