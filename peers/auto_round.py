@@ -2,7 +2,7 @@
 
 Its documentation advises its recipe `best` (1000 iterations, 512 samples of 2048 tokens) with `enable_alg_ext` for 2
 bits and `auto-round` (200 iterations) for 4, which are hours of one core each. Here it is `auto-round-light`: 50
-iterations at a rate of 5e-3, batches of 8, on all the windows that lrec trains on, and `enable_alg_ext` for 2 bits. A
+iterations at a rate of 5e-3, batches of 8, on twice the windows that lrec trains on, and `enable_alg_ext` for 2 bits. A
 block took about 25 s of one core (AMD EPYC, 2026-11-28): 12 minutes a width; 200 iterations would take 50.
 """
 
@@ -11,8 +11,8 @@ from pathlib import Path
 PACKAGE = "auto-round"
 ABSENT = {}
 SETTINGS = (
-    "recipe auto-round-light (50 iterations, lr 5e-3, batches of 8) on lrec's 128 training windows of 256 tokens, the "
-    "recipe's own being of 2048; groups of 64 (128 do not divide 576), symmetric as its W2A16G64, W3A16, W4A16 are; "
+    "recipe auto-round-light (50 iterations, lr 5e-3, batches of 8) on 128 windows of 256 tokens, the recipe's own "
+    "being of 2048; groups of 64 (128 do not divide 576), symmetric as its W2A16G64, W3A16, W4A16 are; "
     "enable_alg_ext at 2 bits; torch.compile off; saved in the auto_round format"
 )
 SCHEMES = {2: "W2A16G64", 3: "W3A16", 4: "W4A16"}

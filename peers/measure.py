@@ -10,7 +10,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from peers.rows import CACHE, FULL, LORA, MODEL, SEED, TEST, TRAIN, TRAINING, WORK, Label
+from peers.rows import CACHE, CALIBRATION, FULL, LORA, MODEL, SEED, TEST, TRAIN, TRAINING, WORK, Label
 from peers.sizes import quantized_weights, size, tensors
 
 
@@ -85,7 +85,7 @@ def quantized(label: Label) -> tuple[Path, dict]:
 
     folder = label.place / "model"
     source = text.model_path(MODEL)
-    return folder, once(folder, lambda: label.peer.quantize(source, label.bits, windows(TRAIN, SEED), folder))
+    return folder, once(folder, lambda: label.peer.quantize(source, label.bits, windows(CALIBRATION, SEED), folder))
 
 
 def adapted(label: Label, folder: Path) -> tuple[Path, dict]:

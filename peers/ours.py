@@ -10,8 +10,8 @@ QUANTIZE = (
     "--scale_bits 8 --init_rank 0"
 )
 TRAIN = (
-    "train --teacher_cache {cache} --dataset wikipedia:train --num_samples 128 --max_length 256 --seed 0 "
-    "--max_steps 128 --per_device_train_batch_size 1 --gradient_checkpointing false --dtype bfloat16 --logging_steps 8"
+    "train --teacher_cache {cache} --dataset wikipedia:train --num_samples 64 --max_length 256 --seed 0 "
+    "--max_steps 64 --per_device_train_batch_size 1 --gradient_checkpointing false --dtype bfloat16 --logging_steps 8"
 )
 EXPORT = "export --format packed"
 
@@ -36,6 +36,8 @@ class Ours:
 
 ROWS = [
     Ours("lrec:2", "--bits 2 --group_size 64", "--train scales,zeros --scales_learning_rate 1e-3"),
+    Ours("lrec:2:group_size=16", "--bits 2 --group_size 16", "--train scales,zeros --scales_learning_rate 1e-3"),
+    Ours("lrec:2:target_bpw=3", "--bits 2 --target_bpw 3", "--train scales,zeros --scales_learning_rate 5e-4"),
     Ours("lrec:3", "--bits 3 --group_size 64", "--train scales,zeros --scales_learning_rate 5e-4"),
     Ours("lrec:4", "--bits 4 --group_size 64", "--train scales,zeros --scales_learning_rate 3e-4"),
     # NF4 with double quantization takes fewer bytes than groups of 64.

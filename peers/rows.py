@@ -18,7 +18,9 @@ MODEL = "smollm2"
 WORK = Path("runs/peers")
 FULL = "full precision"
 TEST = {"dataset": "wikipedia:test", "num_samples": 24, "max_length": 512}
-TRAIN = {"dataset": "wikipedia:train", "num_samples": 128, "max_length": 256}
+TRAIN = {"dataset": "wikipedia:train", "num_samples": 64, "max_length": 256}
+# What a peer that takes text may learn its rounding from.
+CALIBRATION = TRAIN | {"num_samples": 128}
 SEED = 0
 # On every linear that is quantized.
 LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
@@ -81,7 +83,7 @@ class Label:
         if self.own:
             return found | {"commands": list(self.own.commands("OUT", "CACHE").values()), "cache": CACHE}
         if self.peer:
-            found |= {"peer": self.peer.SETTINGS, "calibration": TRAIN | {"seed": SEED}}
+            found |= {"peer": self.peer.SETTINGS, "calibration": CALIBRATION | {"seed": SEED}}
         return found | ({"lora": LORA, "training": TRAINING, "cache": CACHE} if self.base else {})
 
     @property

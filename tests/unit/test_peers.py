@@ -69,7 +69,7 @@ def test_every_peer_has_a_row_of_every_width_and_adapters_where_it_has_a_model()
 
 def test_a_row_with_other_settings_is_another_row(monkeypatch):
     before = {label.text: label.place for label in rows.labels()}
-    monkeypatch.setattr(ours, "TRAIN", ours.TRAIN.replace("--max_steps 128", "--max_steps 64"))
+    monkeypatch.setattr(ours, "TRAIN", ours.TRAIN.replace("--max_steps 64", "--max_steps 32"))
     monkeypatch.setitem(rows.LORA, "lora_alpha", 32)
     changed = {label.text for label in rows.labels() if label.place != before[label.text]}
     assert changed == {text for text in before if text.startswith("lrec:") or ":lora_r" in text}
