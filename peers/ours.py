@@ -37,7 +37,6 @@ class Ours:
 ROWS = [
     Ours("lrec:2", "--bits 2 --group_size 64", "--train scales,zeros --scales_learning_rate 1e-3"),
     Ours("lrec:2:group_size=16", "--bits 2 --group_size 16", "--train scales,zeros --scales_learning_rate 1e-3"),
-    Ours("lrec:2:target_bpw=3", "--bits 2 --target_bpw 3", "--train scales,zeros --scales_learning_rate 5e-4"),
     Ours("lrec:3", "--bits 3 --group_size 64", "--train scales,zeros --scales_learning_rate 5e-4"),
     Ours("lrec:4", "--bits 4 --group_size 64", "--train scales,zeros --scales_learning_rate 3e-4"),
     # NF4 with double quantization takes fewer bytes than groups of 64.
