@@ -4,6 +4,7 @@ Each peer is a file of this folder, which is imported without the package it is 
 
     PACKAGE                             its name on the package index
     ABSENT                              widths of 2, 3 and 4 bits that it does not offer, and why
+    NO_LORA                             optional: why peft can put no adapter on it, if it cannot
     SETTINGS                            what is run, and what its documentation says of it
     quantize(source, bits, ids, folder) writes the model as the package itself saves it; `ids` (B, L) is text to use
     load(folder, dtype)                 the model from these files, computing in `dtype` where the package lets it

@@ -10,6 +10,7 @@ from pathlib import Path
 
 PACKAGE = "auto-round"
 ABSENT = {}
+NO_LORA = "peft has no LoRA for the QuantLinear that AutoRound computes with on a CPU"
 SETTINGS = (
     "recipe auto-round-light (50 iterations, lr 5e-3, batches of 8) on 128 windows of 256 tokens, the recipe's own "
     "being of 2048; groups of 64 (128 do not divide 576), symmetric as its W2A16G64, W3A16, W4A16 are; "

@@ -69,7 +69,9 @@ class Label:
     @property
     def absent(self) -> str | None:
         """Why a peer has no such row, if it has none."""
-        return self.peer.ABSENT.get(self.bits) if self.peer else None
+        if not self.peer:
+            return None
+        return self.peer.ABSENT.get(self.bits) or (getattr(self.peer, "NO_LORA", None) if self.base else None)
 
     @property
     def base(self) -> "Label | None":
@@ -105,7 +107,7 @@ def labels() -> list[Label]:
     tuned = [f"{slow}:{bits}" for bits in WIDTHS]
     names = [FULL, *base, *(row.label for row in ours.ROWS), *map(with_lora, base), *tuned, *map(with_lora, tuned)]
     found = [Label(name) for name in names]
-    return [label for label in found if not (label.base and label.absent)]
+    return [label for label in found if not (label.base and label.base.absent)]
 
 
 def with_lora(name: str) -> str:

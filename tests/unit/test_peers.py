@@ -62,7 +62,10 @@ def test_every_peer_has_a_row_of_every_width_and_adapters_where_it_has_a_model()
     for peer in PEERS:
         for bits in WIDTHS:
             base = labels[f"{peer}:{bits}"]
-            assert (base.text + ":lora_r=16" in labels) == (base.absent is None)
+            adapted = labels.get(base.text + ":lora_r=16")
+            assert (adapted is None) == (base.absent is not None)
+            if adapted:
+                assert adapted.absent == getattr(adapted.peer, "NO_LORA", None)
     assert {row.label for row in ours.ROWS} < set(labels)
     assert len({label.place for label in labels.values()}) == len(labels)
 
