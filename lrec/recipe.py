@@ -3,6 +3,7 @@
 A script in `recipes/` fills the dataclass and calls `run`; flags and `--config file.yaml` override what it filled in.
 """
 
+import copy
 import dataclasses
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -100,7 +101,16 @@ class Recipe(Learning):
                 **self.learning(),
                 teacher_targets=self.teacher_targets,
                 seed=self.seed,
-            ).run(config)
+            ).run(self.placed(config, "adapter"))
+
+    def placed(self, config, stage: str):
+        """The trainer's settings for a stage: checkpoints go into its directory, and a training that was killed there
+        goes on from the last of them."""
+        placed = copy.copy(config)
+        placed.output_dir = self.path(stage)
+        begun = processes.from_main(lambda: any(Path(placed.output_dir).glob("*")))
+        placed.resume_from_checkpoint = config.resume_from_checkpoint or begun
+        return placed
 
     def compare(self) -> tuple[list[dict], list[str]]:
         """Each stage's quality against the first, its size and time; and its continuations of the prompts."""

@@ -32,7 +32,6 @@ class TaskRecipe(Recipe):
         """Runs all stages, `correcting` being the correction's settings and `config` the task's, and prints the table
         and what each stage answers. Returns the table's rows."""
         load.quiet()
-        correcting.output_dir = self.path("adapter")
         self.quantize(quantizer, passing)
         self.correct(correcting)
         self.learn(config)
@@ -55,7 +54,7 @@ class TaskRecipe(Recipe):
                 max_length=self.task_length,
                 lora_r=self.task_r,
                 seed=self.seed,
-            ).run(config)
+            ).run(self.placed(config, "task"))
 
     def compare_answers(self) -> tuple[list[dict], list[str]]:
         """Each stage's loss on held-out rows and its size; and its answers."""

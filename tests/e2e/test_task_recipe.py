@@ -1,16 +1,21 @@
 """A task's recipe, from a full-precision model to its table, small; and that its stages are taken over."""
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from lrec.blocks import PassSettings
 from lrec.finetune import FinetuneConfig
 from lrec.quantizers.gptq import GPTQ
+from lrec.recipe import Recipe
 from lrec.task_recipe import TaskRecipe
-from lrec.trainer import LrecConfig
+from lrec.trainer import LrecConfig, LrecTrainer
 from tests.checks import tiny_model
 
 TEMPLATE = (
@@ -41,7 +46,7 @@ def test_a_task_is_taught_on_a_corrected_model(place):
     )  # fmt: skip
     common = {"max_steps": 4, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
     correcting = LrecConfig("unused", **common, per_device_train_batch_size=2)
-    config = FinetuneConfig(str(place / "R/task"), **common, per_device_train_batch_size=8, learning_rate=2e-2)
+    config = FinetuneConfig("unused", **common, per_device_train_batch_size=8, learning_rate=2e-2)
     parts = GPTQ(bits=2, group_size=32), PassSettings(init_rank=4), correcting, config
     rows = recipe.teach(*parts)
     assert [row["model"] for row in rows] == ["full precision", "quantized", "corrected", "with the task"]
@@ -51,3 +56,28 @@ def test_a_task_is_taught_on_a_corrected_model(place):
     before = {path: path.stat().st_mtime_ns for path in (place / "R").rglob("*.safetensors")}
     assert recipe.teach(*parts) == rows
     assert {path: path.stat().st_mtime_ns for path in (place / "R").rglob("*.safetensors")} == before
+
+
+def test_a_killed_training_goes_on_when_its_recipe_runs_again(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts = {"train_dataset": str(place / "text.txt"), "train_length": 32, "num_samples": 4, "max_length": 64}
+    recipe = Recipe(model=str(place / "M"), output_dir="R", lora_r=4, **texts)
+    config = LrecConfig("unused", max_steps=4, save_steps=2, use_cpu=True, disable_tqdm=True)
+    recipe.quantize(GPTQ(bits=2, group_size=32), PassSettings(init_rank=4))
+    recipe.correct(config)
+    shutil.copytree("R/packed", "K/packed")
+    shutil.copytree("R/adapter/checkpoint-2", "K/adapter/checkpoint-2")
+    steps = []
+    monkeypatch.setattr(LrecTrainer, "training_step", counted(LrecTrainer.training_step, steps))
+    replace(recipe, output_dir="K").correct(config)
+    assert len(steps) == 2 and not Path("unused").exists()
+    straight, resumed = (load_file(f"{run}/adapter/adapter_model.safetensors") for run in "RK")
+    assert straight.keys() == resumed.keys() and all(torch.equal(straight[key], resumed[key]) for key in straight)
+
+
+def counted(step, calls):
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return step(*args, **kwargs)
+
+    return counting
