@@ -14,9 +14,9 @@ be carried. With other methods adapters, scales and zeros learn, whichever there
 groups and grid are left as they are. Windows have the length that the run says; a method or recipe without such a
 setting keeps its own.
 
-Measured: SmolLM2-135M at 2 bits by recipes/lrec_smollm2_135m.py on two cores of an AMD EPYC (2026-11-28), evaluations and
-export included. quick took 8 min 39 s and came to a KL of 1.19 at 2.25 bits per weight; standard took 53 min, 27 of them
-quantizing on one core alone, and came to 0.66 at 2.50. max has not been timed.
+Measured: SmolLM2-135M at 2 bits by recipes/lrec_smollm2_135m.py on two cores of an AMD EPYC (2026-11-28),
+evaluations and export included. quick took 8 min 39 s and came to a KL of 1.19 at 2.25 bits per weight; standard took
+53 min, 27 of them quantizing on one core alone, and came to 0.66 at 2.50. max has not been timed.
 """
 
 import errno
