@@ -24,7 +24,12 @@ NAMES = {
     "wikipedia:train": "my_text.txt",
     "wikipedia:test": "held_out.txt",
 }
-SIZES = {"--max_steps 200": "--max_steps 2", "rtn:2,gptq:2,gptq:3,nf4": "rtn:2"}
+SIZES = {
+    "--max_steps 200": "--max_steps 2",
+    "rtn:2,gptq:2,gptq:3,nf4": "rtn:2",
+    "--training_tokens 16384 --training_length 256": "--training_tokens 64 --training_length 32",
+    "layouts:2:": "gptq:2:group_size=32:train=scales:",
+}
 TEXT = "In the beginning there was a quick brown fox, and it jumped over seven lazy dogs and a jovial yak.\n"
 
 
