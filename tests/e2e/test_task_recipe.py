@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -67,17 +68,8 @@ def test_a_killed_training_goes_on_when_its_recipe_runs_again(place, tmp_path, m
     recipe.correct(config)
     shutil.copytree("R/packed", "K/packed")
     shutil.copytree("R/adapter/checkpoint-2", "K/adapter/checkpoint-2")
-    steps = []
-    monkeypatch.setattr(LrecTrainer, "training_step", counted(LrecTrainer.training_step, steps))
-    replace(recipe, output_dir="K").correct(config)
-    assert len(steps) == 2 and not Path("unused").exists()
+    with patch.object(LrecTrainer, "training_step", autospec=True, side_effect=LrecTrainer.training_step) as step:
+        replace(recipe, output_dir="K").correct(config)
+    assert step.call_count == 2 and not Path("unused").exists()
     straight, resumed = (load_file(f"{run}/adapter/adapter_model.safetensors") for run in "RK")
     assert straight.keys() == resumed.keys() and all(torch.equal(straight[key], resumed[key]) for key in straight)
-
-
-def counted(step, calls):
-    def counting(*args, **kwargs):
-        calls.append(1)
-        return step(*args, **kwargs)
-
-    return counting
